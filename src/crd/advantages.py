@@ -1,0 +1,120 @@
+"""From raw rewards to what the losses read: advantages in [0, 1], and the strength of the KL anchor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crd.centering import center
+from crd.errors import CRDError
+
+KL_GATES = ("reward", "advantage", "constant")
+
+# A sum of weighted rewards may end a few roundings beside its range; more than this is a wrong range.
+_RANGE_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Advantages of B images; groups whose rewards are all equal have no signal."""
+
+    advantage: Tensor  # (B,) float64 in [0, 1], 0.5 at the group mean
+    has_signal: Tensor  # (B,) bool, False in groups of zero reward variance
+    zero_variance_groups: int
+    groups: int
+
+
+def group_advantages(
+    rewards: Tensor, group_id: Tensor, *, clip: float = 5.0, eps: float = 1e-4
+) -> Advantages:
+    """Center rewards within each group, scale them by the global deviation, and map them to [0, 1].
+
+        adv_i = clamp((r_i - mean_group r) / (std_all r + eps), -clip, clip),    A_i = adv_i / (2 clip) + 1/2
+
+    The deviation is that of all raw rewards, differences between prompts included, as published; scaling
+    each group by its own deviation would weigh a group of nearly equal images like any other. At the
+    published clip = 5 the map is A = adv / 10 + 0.5.
+
+    Args:
+        rewards: (B,) raw rewards, higher is better.
+        group_id: (B,) int64.
+        clip: bound on the scaled advantage, above 0.
+        eps: added to the deviation.
+
+    Returns:
+        `Advantages`; the reward variance of a group counts as zero when all its rewards are the same number.
+
+    Raises:
+        CRDError: a reward is not finite, or `clip` is not above 0.
+        ValueError: a shape or dtype is wrong.
+
+    Source: arXiv 2603.14128, experimental settings.
+    """
+    if not clip > 0:
+        raise CRDError(f"advantage clip must be above 0, got {clip}; the published value is 5")
+    rewards = rewards.double()
+    centered = center(rewards, group_id)
+    bad = ~torch.isfinite(rewards)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise CRDError(
+            f"rewards must be finite, got {rewards[row].item()} for image {row}; fix the reward function"
+        )
+    distinct, group = torch.unique(group_id, return_inverse=True)
+    # Exact comparison: a deviation computed from a rounded mean would be 1e-17 instead of 0.
+    start = torch.zeros(len(distinct), dtype=torch.float64, device=rewards.device)
+    highest = start.scatter_reduce(0, group, rewards, "amax", include_self=False)
+    lowest = start.scatter_reduce(0, group, rewards, "amin", include_self=False)
+    has_signal = highest > lowest
+    scaled = (centered / (rewards.std(correction=0) + eps)).clamp(-clip, clip)
+    # Without this the 1e-17 of a rounded mean would reach the loss as a direction.
+    scaled = torch.where(has_signal[group], scaled, torch.zeros_like(scaled))
+    return Advantages(
+        advantage=scaled / (2 * clip) + 0.5,
+        has_signal=has_signal[group],
+        zero_variance_groups=int((~has_signal).sum()),
+        groups=len(distinct),
+    )
+
+
+def kl_gate(kind: str, rewards: Tensor, advantage: Tensor, reward_range: tuple[float, float]) -> Tensor:
+    """Where between its minimum and its maximum the KL strength of each image lies.
+
+        reward:    g_i = (r_i - lo) / (hi - lo)    weak while rewards are low, strong once they are high
+        advantage: g_i = A_i                       mean about 0.5 at every stage (public implementation)
+        constant:  g_i = 1                         the maximum strength for every image
+
+    Args:
+        kind: "reward", "advantage" or "constant".
+        rewards: (B,) raw rewards.
+        advantage: (B,) in [0, 1].
+        reward_range: (lo, hi), the smallest and largest reward there can be; read for "reward" only.
+
+    Returns:
+        (B,) float64 in [0, 1].
+
+    Raises:
+        CRDError: an unknown kind, an empty range, or a reward outside the range.
+
+    Source: arXiv 2603.14128, reward-adaptive KL. That g is linear in the reward is our reading.
+    """
+    if kind == "advantage":
+        return advantage.double()
+    if kind == "constant":
+        return torch.ones_like(rewards, dtype=torch.float64)
+    if kind != "reward":
+        raise CRDError(f"kl_gate must be one of {', '.join(KL_GATES)}, got {kind!r}; choose one of them")
+    low, high = reward_range
+    if not low < high:
+        raise CRDError(f"kl_reward_range must be (lo, hi) with lo < hi, got ({low}, {high}); correct it")
+    gate = (rewards.double() - low) / (high - low)
+    outside = ~((gate >= -_RANGE_SLACK) & (gate <= 1 + _RANGE_SLACK))
+    if bool(outside.any()):
+        value = rewards[outside][0].item()
+        raise CRDError(
+            f"reward {value:g} lies outside kl_reward_range ({low:g}, {high:g}); "
+            "set kl_reward_range to the range of the weighted reward"
+        )
+    return gate.clamp(0.0, 1.0)

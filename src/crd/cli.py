@@ -1,0 +1,141 @@
+"""The command line: `crd train | sample | eval | export`. Bad input: one line, exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from crd.console import errors
+from crd.errors import CRDError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unknown argument {rest[0]!r} of crd {args.command}")
+    _quiet_libraries()
+    # Imported here: --help and a typing error need no torch.
+    from crd import commands
+
+    try:
+        if args.command == "train":
+            commands.train(args.config or args.config_option, _overrides(rest), resume=args.resume)
+        elif args.command == "sample":
+            commands.sample(args)
+        elif args.command == "eval":
+            commands.evaluate(args)
+        else:
+            commands.export(args)
+    except CRDError as error:
+        if args.debug:
+            raise
+        errors.print(f"crd: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("crd: interrupted; `crd train --resume RUN` goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="crd", description="Centered Reward Distillation for diffusion and flow models."
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model",
+        epilog="Any field of docs/configuration.md: --beta 2 --group-size 8",
+    )
+    train.add_argument("config", nargs="?", help="YAML file or recipe name, e.g. ocr-demo")
+    train.add_argument("--config", dest="config_option", help="the same, as an option")
+    train.add_argument("--resume", metavar="RUN", help="run folder, or one of its checkpoints, to go on from")
+
+    sample = commands.add_parser("sample", help="before/after sheet for given prompts, same noise")
+    _add_target(sample)
+    sample.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    sample.add_argument("--prompts", help=".txt, .jsonl or world:test:N")
+    sample.add_argument("--out", default="samples.png")
+    sample.add_argument("--images", type=int, default=1, help="images per prompt")
+    sample.add_argument(
+        "--base-guidance", type=float, default=None, help="also show the base model at this CFG scale"
+    )
+    _add_sampling(sample)
+
+    evaluate = commands.add_parser("eval", help="rewards of a model on held-out prompts")
+    _add_target(evaluate)
+    evaluate.add_argument("--prompts", default="world:test:256", help=".txt, .jsonl or world:test:N")
+    evaluate.add_argument("--reward", action="append", default=None, help="may be repeated; default ocr")
+    evaluate.add_argument("--images", type=int, default=1, help="images per prompt")
+    evaluate.add_argument("--out", help="write the result as JSON")
+    _add_sampling(evaluate)
+
+    export = commands.add_parser(
+        "export", help="write a LoRA folder, or a whole pipeline, for stock diffusers"
+    )
+    _add_target(export)
+    export.add_argument("--out", required=True, help="folder to create")
+    export.add_argument("--merge", action="store_true", help="whole pipeline with the weights merged")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", help="run folder, LoRA folder, diffusers folder, hub id or tiny-sd3")
+    parser.add_argument("--base", help="model under a LoRA folder (default tiny-sd3)")
+    parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an update number")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=int, default=None, help="sampling steps (default: the run's eval_steps, else 40)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, action="append", default=None, help="CFG scale; may be repeated (default 1)"
+    )
+    parser.add_argument("--batch", type=int, default=32, help="images per denoiser call")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    """`--field value` and `--field=value` pairs.
+
+    Raises:
+        CRDError: a value without a field, or a field without a value.
+    """
+    found: dict[str, str] = {}
+    pending = list(rest)
+    while pending:
+        word = pending.pop(0)
+        if not word.startswith("--"):
+            raise CRDError(f"expected --field value, got {word!r}; see docs/configuration.md")
+        field, equals, value = word[2:].partition("=")
+        if not equals:
+            if not pending or (pending[0].startswith("--")):
+                raise CRDError(f"--{field} needs a value, for example --{field} true")
+            value = pending.pop(0)
+        found[field] = value
+    return found
+
+
+def _quiet_libraries() -> None:
+    """Our own bars and one-line errors are enough; the libraries' notices would hide them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

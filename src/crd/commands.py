@@ -1,0 +1,176 @@
+"""What each command of the command line does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging as diffusers_logging
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from crd.checkpoint import PREFIX, CheckpointFolder
+from crd.config import CRDConfig, config_from, load_config
+from crd.console import console
+from crd.data import PromptDataset, load_prompts, prompt_batch
+from crd.engine import Engine
+from crd.errors import CRDError
+from crd.evaluation import EVAL_SEED, SamplingSettings, draw
+from crd.evaluation import evaluate as evaluate_model
+from crd.export import export_lora, export_pipeline
+from crd.grid import GridRow, draw_grid
+from crd.loading import LoadedModel, checkpoint_number, is_run, load_model
+from crd.rewards import RewardSet
+from crd.run_folder import CONFIG_FILE
+from crd.snapshots import ANCHOR
+from crd.trainer import CRDTrainer
+
+transformers_logging.disable_progress_bar()
+diffusers_logging.disable_progress_bar()
+
+# What a resumed run may change: everything else would make it another run.
+RESUMABLE = {
+    "updates", "eval_every", "save_every", "keep_checkpoints", "micro_batch", "rollout_batch", "cache_references",
+    "threads", "device", "tensorboard", "wandb", "eval_base_guidance",
+}  # fmt: skip
+
+
+def train(source: str | None, overrides: Mapping[str, str], resume: str | None) -> None:
+    """`crd train`: a new run, or one that goes on."""
+    if resume is None:
+        CRDTrainer(args=load_config(source, overrides)).train()
+        return
+    if source is not None:
+        raise CRDError(f"--resume takes the run's own configuration, got {source!r} too; leave it out")
+    run, number = _resumed(Path(resume))
+    config = load_config(run / CONFIG_FILE)
+    changed = {key.replace("-", "_"): value for key, value in overrides.items()}
+    fixed = sorted(set(changed) - RESUMABLE)
+    if fixed:
+        config_from(changed)  # an unknown key gets its own message
+        raise CRDError(f"{fixed[0]} cannot change in a resumed run; allowed: {', '.join(sorted(RESUMABLE))}")
+    config = replace(config_from({**_plain(config), **changed}), output_dir=str(run))
+    CRDTrainer(args=config).train(resume=number)
+
+
+def _plain(config: CRDConfig) -> dict[str, Any]:
+    return dict(config.__dict__)
+
+
+def _resumed(path: Path) -> tuple[Path, int]:
+    """Run folder and update number of a run folder or of one of its checkpoints."""
+    run, wanted = (path.parent.parent, path.name) if path.name.startswith(PREFIX) else (path, "last")
+    if not is_run(run):
+        raise CRDError(f"--resume needs a run folder (with {CONFIG_FILE}), got {path}")
+    return run, checkpoint_number(CheckpointFolder(run / "checkpoints", keep=1), wanted)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """`crd sample`: one sheet, a row for the base model and one for the trained model, same noise."""
+    if not args.prompt and not args.prompts:
+        raise CRDError("no prompts; give --prompt TEXT (repeatable) or --prompts FILE")
+    dataset = load_prompts(args.prompts) if args.prompts else load_prompts(args.prompt)
+    model, engine = _load(args)
+    guidance = (args.guidance or [1.0])[0]
+    batch = prompt_batch(dataset, range(len(dataset)), args.images, args.seed, EVAL_SEED)
+    lines = [("base", ANCHOR, guidance)]
+    if args.base_guidance is not None:
+        lines.append((f"base, CFG {args.base_guidance:g}", ANCHOR, args.base_guidance))
+    if model.role != ANCHOR:
+        lines.append(("trained", model.role, guidance))
+    uncond = model.backbone.encode([""])
+    rows = []
+    for title, role, scale in lines:
+        with model.snapshots.use(role) as denoiser:
+            settings = _settings(args, model, scale)
+            rollout = draw(model.backbone, denoiser, engine, batch, settings, uncond, title)
+        rows.append(GridRow(title, rollout.images))
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(rows, batch.prompts).save(out)
+    console.print(f"wrote {out} ({len(rows)} rows x {len(batch)} images)")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`crd eval`: mean rewards of the base model and of the trained one at each guidance scale."""
+    rewards = RewardSet(args.reward or ["ocr"])
+    dataset = load_prompts(args.prompts)
+    rewards.check_columns(dataset.columns)
+    rewards.check_prompts(dataset.prompts)
+    rewards.self_test()
+    model, engine = _load(args)
+    results = [
+        _evaluate_role(args, model, engine, rewards, dataset, role, scale)
+        for role in dict.fromkeys((ANCHOR, model.role))
+        for scale in (args.guidance or [1.0])
+    ]
+    _print_table(results)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _evaluate_role(
+    args: argparse.Namespace,
+    model: LoadedModel,
+    engine: Engine,
+    rewards: RewardSet,
+    dataset: PromptDataset,
+    role: str,
+    scale: float,
+) -> dict[str, Any]:
+    settings = _settings(args, model, scale)
+    with model.snapshots.use(role) as denoiser:
+        result = evaluate_model(
+            model.backbone, denoiser, engine, rewards, dataset, settings, model.backbone.encode([""]),
+            images_per_prompt=args.images, seed=args.seed,
+        )  # fmt: skip
+    total = result.rewards.total
+    error = float(total.std() / len(total) ** 0.5) if len(total) > 1 else 0.0
+    return {
+        "model": "base" if role == ANCHOR else str(args.target),
+        "guidance": scale,
+        "steps": settings.steps,
+        "images": len(result.images),
+        **result.metrics(),
+        "standard_error": error,
+    }
+
+
+def export(args: argparse.Namespace) -> None:
+    """`crd export`: LoRA folder or merged pipeline."""
+    model, _ = _load(args)
+    write = export_pipeline if args.merge else export_lora
+    if model.role == ANCHOR and not args.merge:
+        raise CRDError(f"{args.target} is a base model and has no LoRA; give a run, or --merge")
+    folder = write(model.backbone, model.snapshots, args.out, role=model.role, overwrite=args.overwrite)
+    how = "StableDiffusion3Pipeline.from_pretrained" if args.merge else "pipe.load_lora_weights"
+    console.print(f"wrote {folder}; load it with {how}({str(folder)!r})")
+
+
+def _load(args: argparse.Namespace) -> tuple[LoadedModel, Engine]:
+    engine = Engine(device=args.device)
+    return load_model(
+        args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device)
+    ), engine
+
+
+def _settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> SamplingSettings:
+    config = model.config
+    steps = args.steps or (config.eval_steps if config is not None else CRDConfig.eval_steps)
+    size = (config.height, config.width) if config is not None else (None, None)
+    return SamplingSettings(steps, guidance, args.batch, *size)
+
+
+def _print_table(results: Sequence[Mapping[str, Any]]) -> None:
+    table = Table("model", "CFG", "steps", "images", "reward", "s.e.")
+    for result in results:
+        table.add_row(
+            result["model"], f"{result['guidance']:g}", str(result["steps"]), str(result["images"]),
+            f"{result['reward']:.3f}", f"{result['standard_error']:.3f}",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,285 @@
+"""The one configuration of a run: typed, frozen, defaults as published; YAML plus overrides in, YAML out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crd.advantages import KL_GATES
+from crd.errors import CRDError
+from crd.flow import TIMESTEP_MODES
+from crd.objectives.crd import CRDObjectiveConfig
+from crd.schedules import RampDecay
+
+MIXED_PRECISION = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class CRDConfig:
+    """Settings of one run.
+
+    Defaults are the published ones for SD3.5-Medium at 512 px (arXiv 2603.14128, OCR run). `docs/configuration.md`
+    explains each field; an unknown key in YAML or on the command line is an error.
+    """
+
+    # What is trained, on what, for what.
+    model: str = "tiny-sd3"
+    rewards: tuple[str, ...] = ("ocr",)
+    reward_weights: tuple[float, ...] | None = None  # None = 1 each
+    prompts: str = "world:train"  # .txt, .jsonl or world:train
+    eval_prompts: str | None = "world:test:64"
+    output_dir: str = "runs/crd"
+    seed: int = 0
+
+    # Geometry of one update.
+    updates: int = 150
+    prompts_per_update: int = 48
+    group_size: int = 24
+    optimizer_steps: int = 2  # per update; groups are never split between them
+
+    # Rollouts.
+    rollout_steps: int = 10
+    rollout_guidance: float = 1.0
+    height: int | None = None  # None = the model's default
+    width: int | None = None
+
+    # Training draws: every image is noised `draws` times in its optimizer step.
+    draws: int = 10
+    timesteps: str = "rollout_grid"
+    timestep_fraction: float = 0.99
+    share_timesteps: bool = True  # one t per group and draw, independent noise
+
+    # Objective.
+    objective: str = "crd"
+    beta: float = 1.0
+    centering: str = "uniform"
+    tau: float = 1.0
+    form: str = "squared"
+    residual: str = "per_draw"
+    weighting: str = "adaptive"
+    loss_scale: float = 5.0
+    advantage_clip: float = 5.0
+
+    # Drift control 1: separate snapshots, `decay(n) = min(start + (n - start_step) slope, end)`.
+    decouple_sampler: bool = True  # False: rollouts come from `old`
+    old_start: float = 0.25
+    old_slope: float = 0.005
+    old_start_step: int = 0
+    old_end: float = 0.999
+    sampler_start: float = 0.0
+    sampler_slope: float = 0.0075
+    sampler_start_step: int = 75
+    sampler_end: float = 0.999
+
+    # Drift controls 2 and 3: KL to the CFG-guided pretrained model, its strength led by the reward.
+    anchor_guidance: float = 4.5  # 1 = anchor without CFG
+    kl_gate: str = "reward"
+    kl_min: float = 1e-4
+    kl_max: float = 0.1  # 0 = no anchor
+    kl_reward_range: tuple[float, float] = (0.0, 1.0)
+
+    # Optimisation.
+    finetune: str = "lora"  # or "full"
+    lora_rank: int = 32
+    lora_alpha: float = 64.0
+    lora_targets: tuple[str, ...] | None = None  # None = the backbone's attention projections
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+
+    # Execution. Micro-batches change speed and memory, never the result (up to rounding).
+    device: str = "auto"
+    mixed_precision: str = "no"
+    micro_batch: int = 32  # rows per denoiser call in training
+    rollout_batch: int = 32  # images per denoiser call in rollouts and evaluation
+    cache_references: bool = True  # keep old/anchor velocities of one optimizer step instead of recomputing
+    gradient_checkpointing: bool = False
+    threads: int | None = None  # CPU threads of torch; None = torch's choice
+
+    # Evaluation, saving, logging.
+    eval_every: int = 25  # updates; 0 = only before and after
+    eval_steps: int = 40
+    eval_images: int = 1  # per prompt
+    eval_base_guidance: tuple[float, ...] = ()  # CFG scales of the base model to compare with at the end
+    save_every: int = 25
+    keep_checkpoints: int = 2  # the last N; the best is kept besides
+    tensorboard: bool = True
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("timesteps", self.timesteps, TIMESTEP_MODES)
+        _check_choice("kl_gate", self.kl_gate, KL_GATES)
+        _check_choice("finetune", self.finetune, ("lora", "full"))
+        _check_choice("mixed_precision", self.mixed_precision, MIXED_PRECISION)
+        positive = ("updates", "prompts_per_update", "group_size", "optimizer_steps", "rollout_steps", "draws",
+                    "lora_rank", "learning_rate", "max_grad_norm", "micro_batch", "rollout_batch", "eval_steps",
+                    "eval_images", "keep_checkpoints")  # fmt: skip
+        for name in positive:
+            _check_above(name, self._value(name), 0)
+        for name in ("warmup_steps", "weight_decay", "eval_every", "save_every"):
+            _check_above(name, self._value(name), 0, inclusive=True)
+        if self.threads is not None:
+            _check_above("threads", self.threads, 0)
+        if self.group_size < 2:
+            raise CRDError(
+                f"group_size must be 2 or more (one image has no group to be centered in), got {self.group_size}"
+            )
+        if self.optimizer_steps > self.prompts_per_update:
+            raise CRDError(
+                f"optimizer_steps={self.optimizer_steps} exceeds prompts_per_update={self.prompts_per_update}; "
+                "a step takes whole groups, so lower it"
+            )
+        low, high = self.kl_reward_range
+        if not low < high:
+            raise CRDError(f"kl_reward_range must be [low, high] with low < high, got {[low, high]}")
+        if self.residual == "leave_one_out" and self.draws < 2:
+            raise CRDError("residual=leave_one_out needs draws of 2 or more, got 1; raise draws")
+        # Built here so that a bad value is refused before any model is loaded.
+        self.objective_config()
+        self.old_schedule()
+        self.sampler_schedule()
+
+    def _value(self, name: str) -> float:
+        value: float = self.__dict__[name]
+        return value
+
+    def objective_config(self) -> CRDObjectiveConfig:
+        """The CRD loss's own settings."""
+        return CRDObjectiveConfig(
+            beta=self.beta,
+            centering=self.centering,
+            tau=self.tau,
+            form=self.form,
+            residual=self.residual,
+            weighting=self.weighting,
+            loss_scale=self.loss_scale,
+            kl_min=self.kl_min,
+            kl_max=self.kl_max,
+        )
+
+    def old_schedule(self) -> RampDecay:
+        """Decay of the `old` snapshot over optimizer steps."""
+        return RampDecay(self.old_start, self.old_slope, self.old_start_step, self.old_end)
+
+    def sampler_schedule(self) -> RampDecay:
+        """Decay of the `sampler` snapshot over optimizer steps."""
+        return RampDecay(self.sampler_start, self.sampler_slope, self.sampler_start_step, self.sampler_end)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` of it gives the same object."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> CRDConfig:
+    """A YAML file, or the name of a bundled recipe, plus overrides.
+
+    Args:
+        source: path, recipe name such as "ocr-tiny", or None for the defaults.
+        overrides: field -> value; strings are read as YAML.
+
+    Raises:
+        CRDError: no such file, not a mapping, an unknown key (the nearest is named), or a wrong type.
+    """
+    values = {} if source is None else _read_yaml(source)
+    return config_from({**values, **(overrides or {})})
+
+
+def config_from(values: Mapping[str, Any]) -> CRDConfig:
+    """A CRDConfig from plain values, each checked against its field's type."""
+    hints = typing.get_type_hints(CRDConfig)
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see docs/configuration.md"
+            raise CRDError(f"unknown configuration key {key!r}; {hint}")
+        checked[name] = _coerce(name, value, hints[name])
+    return CRDConfig(**checked)
+
+
+def recipes() -> list[str]:
+    """Names of the bundled recipes."""
+    return sorted(
+        path.name.removesuffix(".yaml")
+        for path in files("crd.recipes").iterdir()
+        if path.name.endswith(".yaml")
+    )
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if str(source) in recipes() and not path.exists():
+        text = files("crd.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise CRDError(f"no configuration at {source}; give a YAML file or a recipe: {', '.join(recipes())}")
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise CRDError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CRDError(f"{source} must hold `key: value` lines, got {type(content).__name__}")
+    return content
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type; strings from the command line are read as YAML first."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, str) and str not in options:
+        text = value
+        value = yaml.safe_load(text)
+        if (
+            any(typing.get_origin(o) is tuple for o in options)
+            and not isinstance(value, list)
+            and value is not None
+        ):
+            value = [part.strip() for part in text.split(",") if part.strip()]
+    if (value is None and type(None) in options) or (value == "none" and type(None) in options):
+        return None
+    for option in options:
+        if typing.get_origin(option) is tuple and isinstance(value, Sequence):
+            items = [value] if isinstance(value, str) else list(value)
+            arguments = typing.get_args(option)
+            if arguments[-1] is not Ellipsis and len(items) != len(arguments):
+                raise CRDError(f"{name} must hold {len(arguments)} values, got {items}")
+            return tuple(_coerce(name, item, arguments[0]) for item in items)
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option is float and isinstance(value, str):
+            try:  # YAML reads 1e-4 as a string
+                return float(value)
+            except ValueError:
+                continue
+        if option is str and isinstance(value, str):
+            return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise CRDError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise CRDError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_above(name: str, value: float, bound: float, inclusive: bool = False) -> None:
+    if not (value >= bound if inclusive else value > bound):
+        raise CRDError(f"{name} must be {'at least' if inclusive else 'above'} {bound:g}, got {value}")

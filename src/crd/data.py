@@ -1,0 +1,128 @@
+"""Prompts: where they come from, in which order, and how they become groups of images to draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crd.errors import CRDError
+from crd.records import PromptBatch
+from crd.seeds import derive_seed, generator
+from crd.tiny.vocabulary import prompts as world_prompts
+
+WORLD_PROMPTS = 512
+
+
+@dataclass(frozen=True)
+class PromptDataset:
+    """N prompts and their columns (each of length N), which reach the rewards by name."""
+
+    prompts: tuple[str, ...]
+    columns: Mapping[str, tuple[Any, ...]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+Prompts = PromptDataset | Sequence[str] | Sequence[Mapping[str, Any]] | str | Path
+
+
+def load_prompts(source: Prompts) -> PromptDataset:
+    """Prompts from a .txt (one a line), a .jsonl (`prompt` plus columns), `world:train`, or Python values.
+
+    Args:
+        source: `world:SPLIT[:COUNT]` is the generator of the bundled world, SPLIT train or test.
+
+    Raises:
+        CRDError: no such file, an empty one, or a line that does not fit.
+    """
+    if isinstance(source, PromptDataset):
+        return source
+    if isinstance(source, (str, Path)):
+        if str(source).startswith("world:"):
+            return _from_records([{"prompt": p} for p in _world(str(source))], str(source))
+        return _from_records(_read_file(Path(source)), str(source))
+    records = [{"prompt": item} if isinstance(item, str) else dict(item) for item in source]
+    return _from_records(records, "the dataset")
+
+
+def _world(source: str) -> list[str]:
+    _, split, *rest = source.split(":")
+    count = rest[0] if rest else str(WORLD_PROMPTS)
+    if split not in ("train", "test") or len(rest) > 1 or not count.isdigit() or int(count) < 1:
+        raise CRDError(f"world prompts must be world:train, world:test or world:test:COUNT, got {source!r}")
+    return world_prompts(split, int(count))
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise CRDError(f"no prompt file at {path}; give a .txt, a .jsonl or world:train")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CRDError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
+    if path.suffix == ".txt":
+        return [{"prompt": line.strip()} for line in lines if line.strip()]
+    if path.suffix != ".jsonl":
+        raise CRDError(f"prompt files are .txt or .jsonl, got {path}")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CRDError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise CRDError(
+                f'{path} line {number} must be an object with a string "prompt", got {line[:80]!r}'
+            )
+        records.append(record)
+    return records
+
+
+def _from_records(records: Sequence[Mapping[str, Any]], source: str) -> PromptDataset:
+    if not records:
+        raise CRDError(f"{source} holds no prompts; add at least one")
+    names = sorted(set().union(*records) - {"prompt"})
+    for number, record in enumerate(records, start=1):
+        missing = [name for name in ("prompt", *names) if name not in record]
+        if missing:
+            raise CRDError(
+                f"{source}: record {number} lacks {missing[0]!r} that others have; give every record the same columns"
+            )
+    return PromptDataset(
+        prompts=tuple(str(record["prompt"]) for record in records),
+        columns={name: tuple(record[name] for record in records) for name in names},
+    )
+
+
+def epoch_order(size: int, position: int, count: int, seed: int) -> list[int]:
+    """Indices of the prompts at positions `position .. position + count - 1` of an endless shuffled stream.
+
+    Each epoch is a fresh permutation that depends on (seed, epoch) alone, so the position is all the state.
+    """
+    taken: list[int] = []
+    while len(taken) < count:
+        epoch, offset = divmod(position + len(taken), size)
+        order = torch.randperm(size, generator=generator(seed, "epoch", epoch)).tolist()
+        taken += order[offset : offset + count - len(taken)]
+    return taken
+
+
+def prompt_batch(
+    dataset: PromptDataset, indices: Sequence[int], group_size: int, *seed_name: int | str
+) -> PromptBatch:
+    """A group of `group_size` images for each prompt index; image seeds follow from `seed_name` and position."""
+    per_image = [index for index in indices for _ in range(group_size)]
+    return PromptBatch(
+        prompts=[dataset.prompts[index] for index in per_image],
+        group_id=torch.arange(len(indices)).repeat_interleave(group_size),
+        columns={name: [values[index] for index in per_image] for name, values in dataset.columns.items()},
+        image_seed=[derive_seed(*seed_name, number) for number in range(len(per_image))],
+    )

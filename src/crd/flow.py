@@ -1,0 +1,162 @@
+"""The linear path between data and noise: data at t=0, noise at t=1."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from crd.errors import CRDError
+
+TIMESTEP_MODES = ("rollout_grid", "uniform", "stratified")
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Point of the path between `x0` and `noise`.
+
+        x_t = (1 - t) x0 + t noise
+
+    Args:
+        x0: (B, ...) clean latents.
+        noise: same shape as `x0`.
+        t: (B,) in [0, 1].
+
+    Returns:
+        x_t (B, ...).
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    _check_pair("noise", noise, x0)
+    t = _per_row(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
+    """Velocity of the path, d x_t / d t.
+
+        v = noise - x0
+
+    Args:
+        x0: (B, ...) clean latents.
+        noise: same shape as `x0`.
+
+    Returns:
+        v (B, ...).
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    _check_pair("noise", noise, x0)
+    return noise - x0
+
+
+def x0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Clean latent that a velocity at `x_t` points back to.
+
+        x0 = x_t - t v
+
+    Args:
+        x_t: (B, ...) noisy latents.
+        v: same shape as `x_t`.
+        t: (B,) in [0, 1].
+
+    Returns:
+        x0 (B, ...).
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    _check_pair("v", v, x_t)
+    return x_t - _per_row(t, x_t) * v
+
+
+def draw_timesteps(
+    mode: str, sigmas: Tensor, *, units: int, draws: int, fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Draw M times for each unit (a group that shares its t, or an image with its own).
+
+    The kept grid is the noisiest `fraction` of the steps at which the rollout called the denoiser, rounded to
+    whole steps: 0.99 of 10 steps keeps all 10, so no step of the rollout stays untrained by truncation.
+
+        rollout_grid: kept grid points, without replacement; with more draws than points, every point
+                      comes up before any comes up again
+        uniform:      t ~ U(t_min, t_max) of the kept grid, independent draws
+        stratified:   one draw in each of M equal strata of [t_min, t_max], strata in random order
+
+    Only `uniform` draws are independent of each other; see `crd.objectives.crd` for what that means for
+    the leave-one-out residual.
+
+    Args:
+        mode: one of the three above.
+        sigmas: (S+1,) noise levels of an S-step rollout, decreasing in [0, 1], the last one 0.
+        units: number of units U.
+        draws: number of draws M.
+        fraction: share of the grid to keep, in (0, 1].
+        generator: source of randomness; its device holds the result.
+
+    Returns:
+        t (M, U) float32.
+
+    Raises:
+        CRDError: an unknown mode, or a fraction that is out of range or keeps no step.
+        ValueError: `sigmas` is no such grid, or `units` or `draws` is below 1.
+
+    Source: arXiv 2603.14128, experimental settings (rollout grid, noisiest 99%); the rest is ours.
+    """
+    grid = _kept_grid(sigmas, fraction).to(generator.device)
+    if units < 1 or draws < 1:
+        raise ValueError(f"units and draws must be at least 1, got {units} and {draws}")
+    if mode == "rollout_grid":
+        rounds = math.ceil(draws / len(grid))
+        orders = [_permutations(units, len(grid), generator) for _ in range(rounds)]
+        return grid[torch.cat(orders, dim=1)[:, :draws]].T.contiguous().float()
+    if mode not in TIMESTEP_MODES:
+        raise CRDError(
+            f"timestep mode must be one of {', '.join(TIMESTEP_MODES)}, got {mode!r}; choose one of them"
+        )
+    # float64, so that a draw next to the end of its stratum does not round into the following one.
+    position = torch.rand(draws, units, generator=generator, device=generator.device, dtype=torch.float64)
+    if mode == "stratified":
+        position = (_permutations(units, draws, generator).T + position) / draws
+    low, high = grid[-1], grid[0]
+    return (low + (high - low) * position).float()
+
+
+def _kept_grid(sigmas: Tensor, fraction: float) -> Tensor:
+    """The noisiest `fraction` of the rollout's denoiser calls, float64, decreasing."""
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"sigmas must be (S+1,) with S >= 1, got {tuple(sigmas.shape)}")
+    levels = sigmas.detach().double().cpu()
+    if levels[-1] != 0 or levels[0] > 1 or not bool((levels.diff() < 0).all()):
+        raise ValueError(
+            f"sigmas must decrease from at most 1 to 0, got {levels.tolist()}; pass the rollout's sigmas"
+        )
+    if not 0 < fraction <= 1:
+        raise CRDError(f"timestep fraction must lie in (0, 1], got {fraction}; the published value is 0.99")
+    steps = len(levels) - 1
+    kept = math.floor(fraction * steps + 0.5)
+    if kept < 1:
+        raise CRDError(
+            f"timestep fraction {fraction} keeps none of {steps} rollout steps; use {1 / steps:.3g} or more"
+        )
+    return levels[:kept]
+
+
+def _permutations(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Independent random orders of 0..length-1, (rows, length)."""
+    return torch.rand(rows, length, generator=generator, device=generator.device).argsort(dim=1)
+
+
+def _per_row(t: Tensor, like: Tensor) -> Tensor:
+    """t (B,) viewed as (B, 1, ..., 1)."""
+    if t.shape != like.shape[:1]:
+        raise ValueError(f"t must be (B,)={tuple(like.shape[:1])}, got {tuple(t.shape)}")
+    return t.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _check_pair(name: str, tensor: Tensor, like: Tensor) -> None:
+    # Broadcasting would silently pair every image with the same noise.
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,152 @@
+"""What every objective reads and offers.
+
+An objective is two pure functions. `terms` maps each row to plain numbers and no row sees another; `loss`
+couples the rows and is cheap. So the network may run in micro-batches of any size while the loss still sees
+complete groups: numbers of all rows first, then dloss/dterms, then each micro-batch again with its share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from crd.errors import CRDError
+from crd.records import LossOutput
+
+
+@dataclass(frozen=True)
+class DenoiserOutputs:
+    """Velocities of one micro-batch of N rows, all predicted at the same x_t."""
+
+    policy: Tensor  # (N, C, H, W) or (N, ...), carries the gradient
+    old: Tensor | None  # (N, ...)
+    anchor: Tensor | None  # (N, ...), guidance already applied
+    target: Tensor  # (N, ...), noise - x0
+    t: Tensor  # (N,) in [0, 1]
+
+    def __post_init__(self) -> None:
+        shape = self.policy.shape
+        for name, tensor in (("old", self.old), ("anchor", self.anchor), ("target", self.target)):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must be {tuple(shape)} as policy, got {tuple(tensor.shape)}")
+        if self.policy.ndim < 2 or self.t.shape != shape[:1]:
+            raise ValueError(
+                f"policy must be (N, ...) and t (N,), got {tuple(shape)} and {tuple(self.t.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Plain numbers of all N rows of complete groups; one row is one image at one draw of (t, noise)."""
+
+    group_id: Tensor  # (N,) int64
+    image_id: Tensor  # (N,) int64, one number an image within its group
+    draw: Tensor  # (N,) int64, which of the image's draws
+    advantage: Tensor  # (N,) in [0, 1]
+    reward: Tensor  # (N,) raw
+    kl_gate: Tensor  # (N,) in [0, 1]
+    has_signal: Tensor  # (N,) bool, False in groups of zero reward variance
+
+    def __post_init__(self) -> None:
+        shape = self.group_id.shape
+        if len(shape) != 1 or not len(self.group_id):
+            raise ValueError(f"group_id must be (N,) with N >= 1, got {tuple(shape)}")
+        others = {
+            "image_id": self.image_id,
+            "draw": self.draw,
+            "advantage": self.advantage,
+            "reward": self.reward,
+            "kl_gate": self.kl_gate,
+            "has_signal": self.has_signal,
+        }
+        for name, tensor in others.items():
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must be (N,)={tuple(shape)}, got {tuple(tensor.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.group_id)
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on `device`."""
+        return Rows(
+            group_id=self.group_id.to(device),
+            image_id=self.image_id.to(device),
+            draw=self.draw.to(device),
+            advantage=self.advantage.to(device),
+            reward=self.reward.to(device),
+            kl_gate=self.kl_gate.to(device),
+            has_signal=self.has_signal.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which rows are centered together, and which are draws of one image."""
+
+    centering_set: Tensor  # (N,) int64, index of each row's (group_id, draw)
+    image: Tensor  # (N,) int64, index of each row's (group_id, image_id)
+    draws: Tensor  # (N,) int64, number of draws of each row's image
+
+    @staticmethod
+    def of(rows: Rows) -> RowLayout:
+        """Layout of complete groups, in any order of rows.
+
+        Raises:
+            ValueError: a row is repeated, or an image lacks a draw that its group has.
+        """
+        centering_set, image = (
+            _pair_index(rows.group_id, rows.draw),
+            _pair_index(rows.group_id, rows.image_id),
+        )
+        if int(_pair_index(image, rows.draw).max()) + 1 != len(rows):
+            raise ValueError(
+                "rows must hold each (group_id, image_id, draw) once, got a repeated one; drop it"
+            )
+        # Log Z(c) cancels only in complete sets: every image of the group at every draw.
+        group = torch.unique(rows.group_id, return_inverse=True)[1]
+        images_of_group = torch.zeros_like(group)
+        images_of_group[image] = group  # the group of each image; entries beyond the last image are cut off
+        group_size = torch.bincount(images_of_group[: int(image.max()) + 1])[group]
+        if not torch.equal(torch.bincount(centering_set)[centering_set], group_size):
+            raise ValueError("rows must hold every image of a group at every draw; pass complete groups")
+        return RowLayout(centering_set, image, torch.bincount(image)[image])
+
+    def mean_of_other_draws(self, values: Tensor) -> Tensor:
+        """Mean of `values` (N,) over the other draws of each row's image, (N,).
+
+        Raises:
+            CRDError: an image has a single draw.
+        """
+        fewest = int(self.draws.min())
+        if fewest < 2:
+            raise CRDError(
+                f"leave_one_out needs 2 or more draws an image, got {fewest}; raise the number of draws "
+                "or use residual=per_draw"
+            )
+        total = torch.zeros(int(self.image.max()) + 1, dtype=values.dtype, device=values.device)
+        return (total.index_add(0, self.image, values)[self.image] - values) / (self.draws - 1)
+
+
+def _pair_index(first: Tensor, second: Tensor) -> Tensor:
+    """Index of each distinct pair, (N,)."""
+    return torch.unique(torch.stack([first, second]), dim=1, return_inverse=True)[1]
+
+
+class Objective(Protocol):
+    """A training objective: which roles it needs, its terms of single rows, and its loss over all rows."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Roles beside the policy whose velocities `terms` reads: a subset of {"old", "anchor"}."""
+        ...
+
+    def terms(self, outputs: DenoiserOutputs) -> dict[str, Tensor]:
+        """Differentiable numbers (N,) of each row; row i depends on row i of `outputs` only."""
+        ...
+
+    def loss(self, terms: dict[str, Tensor], rows: Rows) -> LossOutput:
+        """Loss over all rows of complete groups; differentiable in `terms`."""
+        ...

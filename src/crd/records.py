@@ -1,0 +1,75 @@
+"""The typed records that pass between the rooms: prompts -> rollout -> rewards -> optimizer batch.
+
+Shapes: P prompts, B images (P groups of possibly different sizes), C x H x W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text conditioning of B images, stored once per distinct prompt.
+
+    `tensors` maps the names the backbone gave them to tensors (P, ...); `row` (B,) int64 names the prompt
+    of each image. Group size times embedding size would not fit in memory for large text encoders.
+    """
+
+    tensors: Mapping[str, Tensor]
+    row: Tensor  # (B,) int64
+
+    def select(self, index: Tensor) -> Conditioning:
+        """Conditioning of the images `index` (N,) int64; still one copy per prompt."""
+        return Conditioning(self.tensors, self.row[index])
+
+    def gather(self) -> dict[str, Tensor]:
+        """One row per image: name -> (B, ...)."""
+        return {name: tensor[self.row.to(tensor.device)] for name, tensor in self.tensors.items()}
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """B images to draw: one entry per image; images of one prompt share a `group_id`."""
+
+    prompts: list[str]  # length B
+    group_id: Tensor  # (B,) int64
+    columns: Mapping[str, list[Any]]  # dataset columns, each of length B
+    image_seed: list[int]  # length B; names the initial noise of each image
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Finished images of one PromptBatch: all that CRD needs of a sampler."""
+
+    x0: Tensor  # (B, C, H, W) float32, clean latents
+    conditioning: Conditioning  # of B images
+    images: list[Image.Image]  # length B, RGB
+    batch: PromptBatch
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Scores of B images; `columns` holds each reward before weighting, NaN where it does not apply."""
+
+    total: Tensor  # (B,) float64, weighted sum over the applicable rewards
+    columns: Mapping[str, Tensor]  # name -> (B,) float64
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A differentiable scalar and plain numbers to log."""
+
+    loss: Tensor  # ()
+    metrics: dict[str, float]

@@ -1,0 +1,215 @@
+"""The reward contract: `f(images, prompts, **columns) -> list[float | None]`, checked and summed.
+
+A reward takes the images (B PIL images) and the prompts (B strings) by position, and the dataset columns that
+its signature names (all of them if it takes `**columns`). It returns B numbers, higher is better; None means
+"does not apply to this image". It may also carry
+
+- `score_range = (low, high)`: a score outside is an error, and it is the scale a report may draw;
+- `self_test()`: called before step 0; raises `CRDError` if the scorer is broken; may return sample scores,
+  which must then differ.
+
+A failing reward stops the run: a score invented in its place would be trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from crd.errors import CRDError
+from crd.records import RewardOutput
+from crd.rewards.registry import resolve, reward_name
+from crd.rewards.signature import ColumnUse, column_use, quote
+from crd.rewards.values import score_list
+
+__all__ = ["RewardFunction", "RewardSet", "WeightedReward", "resolve"]
+
+RewardFunction = Callable[..., Any]
+
+
+@runtime_checkable
+class _SelfTesting(Protocol):
+    def self_test(self) -> Sequence[float] | None: ...
+
+
+@runtime_checkable
+class _Ranged(Protocol):
+    score_range: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """One named reward, its weight in the total, and the range its scores must keep (None = any)."""
+
+    name: str
+    function: RewardFunction
+    weight: float
+    range: tuple[float, float] | None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise CRDError(f"reward weight of {self.name!r} must be finite, got {self.weight}; give a number")
+
+
+class RewardSet:
+    """Several rewards as one: `total_i = Σ_j weight_j score_ij` over the rewards j that apply to image i.
+
+    Args:
+        functions: names of bundled rewards (`"ocr"`), `"module.path:function"` strings, or callables.
+        weights: one finite number per reward; None = 1 each. A weight of 0 logs a reward, no more.
+
+    Raises:
+        CRDError: unknown name, repeated name, wrong number of weights, all weights 0, or a callable that
+            cannot take `(images, prompts)`.
+    """
+
+    def __init__(
+        self, functions: Sequence[str | RewardFunction], weights: Sequence[float] | None = None
+    ) -> None:
+        if isinstance(functions, str) or callable(functions):
+            functions = [functions]
+        if not functions:
+            raise CRDError("no reward given; name at least one, for example `ocr`")
+        chosen = [1.0] * len(functions) if weights is None else [float(weight) for weight in weights]
+        if len(chosen) != len(functions):
+            raise CRDError(
+                f"reward weights must be one per reward ({len(functions)}), got {len(chosen)}; match them"
+            )
+        if not any(chosen):
+            raise CRDError("all reward weights are 0; give at least one reward a weight")
+        self.rewards = tuple(
+            _weighted(function, weight) for function, weight in zip(functions, chosen, strict=True)
+        )
+        self._uses = tuple(column_use(reward.name, reward.function) for reward in self.rewards)
+        names = [reward.name for reward in self.rewards]
+        for name in names:
+            if names.count(name) > 1:
+                raise CRDError(f"two rewards are named {name!r}; rename one (its `__name__` is the name)")
+
+    def check_columns(self, available: Iterable[str]) -> None:
+        """Refuse, at load time, a dataset that lacks a column some reward requires.
+
+        Args:
+            available: names of the dataset columns beside the prompt.
+
+        Raises:
+            CRDError: naming the reward, the missing column, and the columns there are.
+        """
+        columns = list(available)
+        for use in self._uses:
+            use.check(columns)
+
+    def score(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> RewardOutput:
+        """Score B images and sum: `total_i = Σ_j weight_j score_ij`, j over the rewards that apply.
+
+        Args:
+            images: B PIL images.
+            prompts: B prompts.
+            columns: dataset columns, each of length B.
+
+        Returns:
+            `RewardOutput(total (B,) float64, columns: name -> (B,) float64, NaN where it does not apply)`.
+
+        Raises:
+            CRDError: a reward raised, returned the wrong length, type or shape, NaN, infinity or a score
+                outside its range, or no reward with a weight applies to an image.
+            ValueError: images, prompts and columns differ in length.
+        """
+        _check_lengths(len(images), prompts, columns)
+        scored: dict[str, Tensor] = {}
+        total = torch.zeros(len(images), dtype=torch.float64)
+        counted = torch.zeros(len(images), dtype=torch.bool)
+        if not images:
+            return RewardOutput(total, {reward.name: total.clone() for reward in self.rewards})
+        for reward, use in zip(self.rewards, self._uses, strict=True):
+            scores = _scores_of(reward, use, images, prompts, columns)
+            applies = ~scores.isnan()
+            scored[reward.name] = scores
+            total += reward.weight * scores.nan_to_num(nan=0.0)
+            # A weight of 0 adds nothing: an image that only such rewards judge would get a silent 0.
+            counted |= applies & (reward.weight != 0)
+        if not counted.all():
+            index = int((~counted).nonzero()[0])
+            raise CRDError(
+                f"no reward with a weight applies to image {index} (prompt {quote(prompts[index])}), "
+                "all returned None; remove the prompt or add a reward that scores it"
+            )
+        return RewardOutput(total, scored)
+
+    def self_test(self) -> None:
+        """Run every reward's own `self_test()`; refuse one that fails or scores all its samples alike."""
+        for reward in self.rewards:
+            if not isinstance(reward.function, _SelfTesting):
+                continue
+            try:
+                scores = reward.function.self_test()
+            except CRDError:
+                raise
+            except Exception as error:
+                raise CRDError(
+                    f"self-test of reward {reward.name!r} raised {_one_line(error)}; fix the reward"
+                ) from error
+            if scores is not None and len(set(scores)) < 2:
+                raise CRDError(
+                    f"self-test of reward {reward.name!r} gave constant scores {list(scores)}; "
+                    "a constant reward trains nothing, check the scorer"
+                )
+
+
+def _weighted(function: str | RewardFunction, weight: float) -> WeightedReward:
+    resolved = resolve(function)
+    score_range = resolved.score_range if isinstance(resolved, _Ranged) else None
+    return WeightedReward(reward_name(function, resolved), resolved, weight, score_range)
+
+
+def _check_lengths(count: int, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+    for name, values in {"prompts": prompts, **columns}.items():
+        if len(values) != count:
+            raise ValueError(f"{name} must hold one entry per image ({count}), got {len(values)}")
+
+
+def _scores_of(
+    reward: WeightedReward,
+    use: ColumnUse,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> Tensor:
+    """Scores (B,) float64 of one reward, validated; NaN stands for None."""
+    use.check(columns)
+    taken = {name: list(values) for name, values in columns.items() if use.takes(name)}
+    try:
+        result = reward.function(list(images), list(prompts), **taken)
+    except CRDError as error:
+        raise CRDError(f"reward {reward.name!r}: {error}") from error
+    except Exception as error:
+        raise CRDError(f"reward {reward.name!r} raised {_one_line(error)}; fix the reward") from error
+    scores = score_list(reward.name, result, len(images))
+    for index, score in enumerate(scores):
+        _check_score(reward, index, score, prompts[index])
+    return torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float64)
+
+
+def _check_score(reward: WeightedReward, index: int, score: float | None, prompt: str) -> None:
+    if score is None:
+        return
+    where = f"reward {reward.name!r} of image {index} (prompt {quote(prompt)})"
+    if not math.isfinite(score):
+        raise CRDError(f"{where} is {score}; return a finite number, or None if it does not apply")
+    if reward.range is not None and not reward.range[0] <= score <= reward.range[1]:
+        raise CRDError(
+            f"{where} must lie in {list(reward.range)}, got {score}; fix the reward or its score_range"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

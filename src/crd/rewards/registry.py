@@ -1,0 +1,87 @@
+"""Names of the bundled rewards, and how a name or `module.path:function` becomes a callable."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from crd.errors import CRDError
+
+# A new reward is one file and one line here. Strings, so that its libraries load only when it is asked for.
+REGISTRY: dict[str, str] = {
+    "ocr": "crd.rewards.ocr:OCRReward",
+}
+
+
+def resolve(reward: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The callable that a reward's name stands for; a callable stands for itself.
+
+    Args:
+        reward: a registered name (`"ocr"`), `"module.path:function"` (the working directory is searched last), or
+            a callable. A class, named or given, is called without arguments.
+
+    Raises:
+        CRDError: unknown name (lists the names and the nearest), module or attribute not found, not callable.
+    """
+    if isinstance(reward, str):
+        path = REGISTRY.get(reward, reward)
+        if ":" not in path:
+            raise CRDError(_unknown(reward))
+        found = _import(path)
+    else:
+        found = reward
+    if inspect.isclass(found):
+        found = found()
+    if not callable(found):
+        raise CRDError(f"reward {reward!r} must be callable, got {type(found).__name__}; give a function")
+    return found
+
+
+def reward_name(reward: str | Callable[..., Any], resolved: Callable[..., Any]) -> str:
+    """The name under which scores are logged: the registered name, else that of the function or class."""
+    if isinstance(reward, str) and reward in REGISTRY:
+        return reward
+    if inspect.isroutine(resolved):
+        return str(resolved.__name__)
+    registered = f"{type(resolved).__module__}:{type(resolved).__qualname__}"
+    names = [name for name, path in REGISTRY.items() if path == registered]
+    return names[0] if names else type(resolved).__name__
+
+
+def _unknown(name: str) -> str:
+    known = ", ".join(sorted(REGISTRY))
+    near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "a custom reward is written `module.path:function`"
+    return f"unknown reward {name!r}; known: {known}; {hint}"
+
+
+def _import(path: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise CRDError(f"reward {path!r} is not of the form `module.path:function`; give both parts")
+    # A console script does not search the working directory, where people keep their reward file.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except CRDError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CRDError(
+            f"reward {path!r}: importing {module_name!r} failed with {reason}; "
+            "check the module path (it is looked up from the working directory too)"
+        ) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "check the spelling"
+            raise CRDError(f"reward {path!r}: {module_name!r} has no attribute {part!r}; {hint}")
+        found = getattr(found, part)
+    return found

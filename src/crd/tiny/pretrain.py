@@ -1,0 +1,299 @@
+"""Train the bundled `tiny-sd3` from scratch: first the VAE, then the transformer and its text encoders.
+
+    python -m crd.tiny.pretrain --work pretrain --vae-images 120000 --images 600000
+
+Resumable: the same command goes on from the last saved state in `--work`, and a larger `--images` trains further.
+Method: rectified flow with logit-normal timesteps (Esser et al. 2024, "Scaling Rectified Flow Transformers", section
+3.1), an exponential moving average of the weights, captions dropped for classifier-free guidance, and a curriculum
+that climbs one `render.LEVELS` step whenever the held-out OCR reward without guidance passes `--climb-at`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from crd.flow import interpolate, velocity_target
+from crd.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from crd.tiny.architecture import build_pipeline, encode_captions
+from crd.tiny.evaluation import evaluate_pipeline
+from crd.tiny.render import LEVELS, Level, Scene, random_scene, render
+
+CAPTION_DROPOUT = 0.12
+VAE_CROP = 32
+T5_PRESENT = 0.05
+T5_LENGTHS = (32, 64, 256)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m crd.tiny.pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--work", type=Path, default=Path("pretrain"), help="folder of states, log and the pipeline"
+    )
+    parser.add_argument(
+        "--images", type=int, default=600_000, help="training images of the transformer, in all"
+    )
+    parser.add_argument("--vae-images", type=int, default=120_000, help="training images of the VAE, in all")
+    parser.add_argument(
+        "--cooldown", type=int, default=100_000, help="last images, over which the lr falls to 0"
+    )
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument(
+        "--climb-at", type=float, default=0.3, help="held-out reward at which the curriculum climbs"
+    )
+    parser.add_argument("--top-level", type=int, default=len(LEVELS) - 1)
+    parser.add_argument("--eval-every", type=int, default=40_000, help="images between two evaluations")
+    parser.add_argument("--save-every", type=int, default=20_000, help="images between two saved states")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast (fast with AMX or a GPU)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(argv)
+
+
+def draw_batch(rng: np.random.Generator, size: int, level: Level) -> tuple[Tensor, list[str]]:
+    """Images (B, 3, 64, 64) in [-1, 1] and their captions."""
+    scenes: list[Scene] = [random_scene(rng, level) for _ in range(size)]
+    pixels = np.stack([render(scene) for scene in scenes])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return images, [scene.caption() for scene in scenes]
+
+
+class State:
+    """What is kept on disk of one stage: modules, optimizer, moving average, counters; safetensors and JSON only."""
+
+    def __init__(self, folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        self.folder, self.modules, self.optimizer = folder, modules, optimizer
+        self.names = [f"{m}.{n}" for m, module in modules.items() for n, _ in module.named_parameters()]
+        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.counters: dict[str, float] = {"images": 0, "seconds": 0.0, "level": 0}
+
+    def update_average(self, decay: float) -> None:
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
+
+    def swap_average(self) -> None:
+        """Exchange weights and their moving average; calling it twice changes nothing."""
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            kept = parameter.detach().clone()
+            parameter.data.copy_(average)
+            average.copy_(kept)
+
+    def save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"weight:{n}": p.detach().cpu().contiguous()
+            for n, p in zip(self.names, self.parameters, strict=True)
+        }
+        tensors |= {
+            f"average:{n}": a.cpu().contiguous() for n, a in zip(self.names, self.average, strict=True)
+        }
+        tensors |= {f"optimizer:{k}": v for k, v in optimizer_tensors(self.optimizer, self.names).items()}
+        temporary = self.folder / "state.tmp"
+        save_file(tensors, temporary, metadata={"counters": json.dumps(self.counters)})
+        os.replace(temporary, self.folder / "state.safetensors")
+
+    def load(self) -> bool:
+        """Whether a saved state was found and taken up."""
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return False
+        tensors = load_file(path)
+        with safe_open(path, "pt") as handle:
+            self.counters = json.loads(handle.metadata()["counters"])
+        for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
+            parameter.data.copy_(tensors[f"weight:{name}"])
+            average.copy_(tensors[f"average:{name}"])
+        flat = {k.removeprefix("optimizer:"): v for k, v in tensors.items() if k.startswith("optimizer:")}
+        load_optimizer_tensors(self.optimizer, self.names, flat)
+        return True
+
+
+def autocast(args: argparse.Namespace) -> AbstractContextManager[None]:
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
+
+
+def learning_rate(args: argparse.Namespace, images: int, total: int) -> float:
+    warm = min(1.0, (images + args.batch) / (200 * args.batch))
+    cool = min(1.0, max(0.0, (total - images) / max(1, args.cooldown)))
+    return args.lr * warm * cool
+
+
+def train_vae(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None:
+    """L1 plus edge reconstruction and a light KL; ends by measuring the latent scale and shift."""
+    vae = pipe.vae.to(memory_format=torch.channels_last)
+    state = State(
+        args.work / "vae", {"vae": vae}, torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    )
+    state.load()
+    started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
+    while images < args.vae_images:
+        rng = np.random.default_rng((args.seed, 1, images))
+        pixels, _ = draw_batch(rng, args.batch, LEVELS[-1])
+        if images < 0.85 * args.vae_images:  # crops cost a quarter; the last part sees whole pictures
+            top, left = rng.integers(0, pixels.shape[-1] - VAE_CROP, 2)
+            pixels = pixels[:, :, top : top + VAE_CROP, left : left + VAE_CROP]
+        pixels = pixels.to(args.device, memory_format=torch.channels_last)
+        torch.manual_seed(args.seed * 1_000_003 + images)
+        with autocast(args):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        difference = decoded.float() - pixels
+        edges = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3))
+        kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+        loss = difference.abs().mean() + 0.5 * edges + 2e-3 * kl
+        for group in state.optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (args.vae_images - images) / (0.3 * args.vae_images) + 1e-3)
+        state.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        state.optimizer.step()
+        images += args.batch
+        if images % (args.batch * 100) < args.batch:
+            seconds = time.time() - started
+            log(args, {"stage": "vae", "images": images, "l1": difference.abs().mean().item(), "kl": kl.item(),
+                       "seconds": seconds})  # fmt: skip
+        if images % args.save_every < args.batch or images >= args.vae_images:
+            state.counters |= {"images": images, "seconds": time.time() - started}
+            state.save()
+    with torch.no_grad():
+        pixels, _ = draw_batch(np.random.default_rng((args.seed, 2)), 512, LEVELS[-1])
+        latents = torch.cat(
+            [vae.encode(p.to(args.device)).latent_dist.mean.float() for p in pixels.split(64)]
+        )
+    vae.register_to_config(
+        scaling_factor=round(1.0 / latents.std().item(), 5), shift_factor=round(latents.mean().item(), 5)
+    )
+    vae.eval().requires_grad_(False)
+
+
+def train_flow(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None:
+    """Flow matching of transformer and text encoders on the frozen VAE's latents."""
+    modules: dict[str, nn.Module] = {
+        "transformer": pipe.transformer,
+        "text_encoder": pipe.text_encoder,
+        "text_encoder_2": pipe.text_encoder_2,
+        "text_encoder_3": pipe.text_encoder_3,
+    }
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    state = State(
+        args.work / "flow",
+        modules,
+        torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01),
+    )
+    state.load()
+    fast = torch.compile(pipe.transformer) if args.compile else pipe.transformer
+    started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
+    running = 0.0
+    for module in modules.values():
+        module.train()
+    while images < args.images:
+        rng = np.random.default_rng((args.seed, 3, images))
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + images)
+        pixels, captions = draw_batch(rng, args.batch, LEVELS[int(state.counters["level"])])
+        captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
+        t5_length = int(rng.choice(T5_LENGTHS)) if rng.random() < T5_PRESENT else 0
+        with torch.no_grad(), autocast(args):
+            latents = pipe.vae.encode(
+                pixels.to(args.device, memory_format=torch.channels_last)
+            ).latent_dist.mean
+        x0 = (latents.float() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        t = torch.sigmoid(torch.randn(len(x0), generator=generator)).to(x0)
+        with (
+            autocast(args),
+            sdpa_kernel(SDPBackend.MATH if args.device == "cpu" else SDPBackend.FLASH_ATTENTION),
+        ):
+            joint, pooled = encode_captions(pipe, captions, t5_length)
+            velocity = (pipe.transformer if t5_length else fast)(
+                hidden_states=interpolate(x0, noise, t),
+                encoder_hidden_states=joint,
+                pooled_projections=pooled,
+                timestep=t * 1000,
+                return_dict=False,
+            )[0]
+        loss = F.mse_loss(velocity.float(), velocity_target(x0, noise))
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(args, images, args.images)
+        state.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        state.optimizer.step()
+        images += args.batch
+        state.update_average(min(args.ema, 1 - 10 / (images / args.batch + 10)))
+        running = loss.item() if math.isclose(running, 0.0) else 0.98 * running + 0.02 * loss.item()
+        state.counters |= {"images": images, "seconds": time.time() - started}
+        if images % (args.batch * 50) < args.batch:
+            log(
+                args,
+                {
+                    "stage": "flow",
+                    "loss": running,
+                    "lr": learning_rate(args, images, args.images),
+                    **state.counters,
+                },
+            )
+        if images % args.eval_every < args.batch or images >= args.images:
+            state.swap_average()
+            scores = evaluate_pipeline(
+                pipe, prompts=64, guidance_scales=(1.0, 3.0), grid=args.work / "grid.png"
+            )
+            save_pipeline(pipe, args.work / "pipeline")
+            state.swap_average()
+            log(args, {"stage": "eval", **scores, **state.counters})
+            if scores["reward_cfg_1"] >= args.climb_at and state.counters["level"] < args.top_level:
+                state.counters["level"] += 1
+        if images % args.save_every < args.batch or images >= args.images:
+            state.save()
+
+
+def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+    """The diffusers folder in float16 (half the size; stock from_pretrained reads it back as float32)."""
+    half = copy.deepcopy({name: getattr(pipe, name) for name in
+                          ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")})  # fmt: skip
+    shipped = StableDiffusion3Pipeline(
+        **{name: module.to(torch.float16) for name, module in half.items()},
+        scheduler=pipe.scheduler,
+        tokenizer=pipe.tokenizer,
+        tokenizer_2=pipe.tokenizer_2,
+        tokenizer_3=pipe.tokenizer_3,
+    )
+    shipped.save_pretrained(folder)
+    (folder / "crd.json").write_text(json.dumps({"max_sequence_length": 0}) + "\n")
+
+
+def log(args: argparse.Namespace, record: dict[str, object]) -> None:
+    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
+    print(line, flush=True)
+    with (args.work / "log.jsonl").open("a") as handle:
+        handle.write(line + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    pipe = build_pipeline(args.seed).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    train_vae(args, pipe)
+    train_flow(args, pipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Numbers of a run on their way to people: metrics.jsonl always, TensorBoard and Weights & Biases by choice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from crd.errors import CRDError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes one JSON line a record, flushed, and mirrors numbers to the chosen viewers.
+
+    Args:
+        folder: of the run.
+        tensorboard: event files go to `folder/tensorboard`.
+        wandb: log to Weights & Biases (extra `crd[wandb]`).
+        config: shown by Weights & Biases.
+        resume_from: records of later updates are dropped (an interrupted run wrote them after its checkpoint).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        wandb: bool,
+        config: Mapping[str, Any],
+        resume_from: int | None = None,
+    ) -> None:
+        self.path = folder / METRICS_FILE
+        if resume_from is not None:
+            _drop_later(self.path, resume_from)
+        self._writer = (
+            SummaryWriter(
+                str(folder / "tensorboard"), purge_step=None if resume_from is None else resume_from + 1
+            )
+            if tensorboard
+            else None
+        )
+        self._wandb = _start_wandb(folder, config) if wandb else None
+
+    def log(self, update: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Record metrics of `kind` ("train", "eval") after `update` updates."""
+        record = {"update": update, "kind": kind, **metrics}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+        for name, value in metrics.items():
+            if self._writer is not None:
+                self._writer.add_scalar(f"{kind}/{name}", value, update)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=update)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Records of one kind, oldest first; [] if the run has none."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def _drop_later(path: Path, update: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["update"] <= update:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut off by the interruption that made the resume necessary
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise CRDError('wandb=true needs Weights & Biases; pip install "crd[wandb]"') from error
+    return wandb.init(project="crd", dir=str(folder), config=dict(config), resume="allow")

@@ -1,0 +1,326 @@
+"""The main loop: rollout, reward, advantage, loss, snapshots. Start reading at `CRDTrainer.update`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from rich.table import Table
+from torch import Tensor
+
+from crd.advantages import group_advantages, kl_gate
+from crd.backbones import Backbone, load_backbone
+from crd.checkpoint import Checkpoint, CheckpointFolder
+from crd.config import CRDConfig
+from crd.console import console
+from crd.data import Prompts, epoch_order, load_prompts, prompt_batch
+from crd.engine import Engine
+from crd.errors import CRDError
+from crd.evaluation import EvalResult, SamplingSettings, draw, evaluate
+from crd.export import export_lora, export_pipeline
+from crd.loading import build_snapshots, checkpoint_number
+from crd.objectives import objective_class
+from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
+from crd.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from crd.records import RewardOutput, Rollout
+from crd.rewards import RewardFunction, RewardSet
+from crd.run_folder import RunFolder
+from crd.seeds import generator
+from crd.snapshots import ANCHOR, OLD, POLICY, SAMPLER
+from crd.tracker import Tracker, read_metrics
+
+RewardArgument = str | RewardFunction
+
+
+class CRDTrainer:
+    """Fine-tune a text-to-image model against black-box rewards by Centered Reward Distillation.
+
+    Args:
+        model: "tiny-sd3", a hub id or folder in diffusers format, a pipeline, or a loaded `Backbone`.
+        reward_funcs: one reward or several: names ("ocr") or callables `f(images, prompts, **columns)`.
+        args: the run's settings; `args.model`, `args.rewards`, `args.prompts` are used where the argument is None.
+        train_dataset: prompts: a file, `world:train`, strings, or records with columns.
+        eval_dataset: likewise; None and `args.eval_prompts` None: no evaluation.
+
+    Raises:
+        CRDError: anything the user can mend, before any training.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | DiffusionPipeline | Backbone | None = None,
+        reward_funcs: RewardArgument | Sequence[RewardArgument] | None = None,
+        args: CRDConfig | None = None,
+        train_dataset: Prompts | None = None,
+        eval_dataset: Prompts | None = None,
+    ) -> None:
+        self.args = config = args or CRDConfig()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        funcs = config.rewards if reward_funcs is None else reward_funcs
+        self.rewards = RewardSet(
+            [funcs] if isinstance(funcs, str) or callable(funcs) else funcs, config.reward_weights
+        )
+        self.train_data = load_prompts(config.prompts if train_dataset is None else train_dataset)
+        held_out = config.eval_prompts if eval_dataset is None else eval_dataset
+        self.eval_data = None if held_out is None else load_prompts(held_out)
+        for dataset in (self.train_data, self.eval_data):
+            if dataset is not None:
+                self.rewards.check_columns(dataset.columns)
+                self.rewards.check_prompts(dataset.prompts)
+        self.engine = Engine(config.mixed_precision, config.device)
+        source = config.model if model is None else model
+        self.backbone = (
+            source if isinstance(source, Backbone) else load_backbone(source, device=self.engine.device)
+        )
+        if config.gradient_checkpointing:
+            self.backbone.denoiser.enable_gradient_checkpointing()
+        self.snapshots = build_snapshots(
+            self.backbone, config, (OLD, SAMPLER) if config.decouple_sampler else (OLD,)
+        )
+        self.names = [name for name, _ in self.snapshots.named_parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.snapshots.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.snapshots.wrapped, self.optimizer = self.engine.prepare(self.snapshots.module, self.optimizer)
+        self.objective = objective_class(config.objective)(config.objective_config())
+        self.uncond = self.backbone.encode([""])
+        self.sigmas = self.backbone.sigmas(config.rollout_steps, config.height, config.width)
+        self.folder = RunFolder(Path(config.output_dir))
+        self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", config.keep_checkpoints)
+        self.updates_done = 0
+        self.optimizer_steps = 0
+        self.images_drawn = 0
+        self.seconds = 0.0
+
+    def train(self, resume: bool | int = False) -> dict[str, float]:
+        """Run all updates; returns (and writes to summary.json) the held-out rewards before and after.
+
+        Args:
+            resume: True goes on from the last checkpoint in `args.output_dir`, an int from that update's.
+
+        Raises:
+            CRDError: a broken scorer, a used output folder, a corrupt checkpoint, a failing reward, a full disk.
+        """
+        config = self.args
+        self.rewards.self_test()
+        if resume is False:
+            self.folder.create(config)
+        else:
+            self._load(checkpoint_number(self.checkpoints, "last" if resume is True else str(resume)))
+        tracker = Tracker(
+            self.folder.path,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            config=dataclasses.asdict(config),
+            resume_from=None if resume is False else self.updates_done,
+        )
+        try:
+            if self.updates_done == 0:
+                self._log_evaluation(tracker)
+            while self.updates_done < config.updates:
+                started = time.perf_counter()
+                metrics = self.update()
+                seconds = time.perf_counter() - started
+                self.seconds += seconds
+                tracker.log(self.updates_done, "train", {**metrics, "seconds": seconds})
+                self._print(metrics, seconds)
+                self._evaluate_and_save(tracker)
+            return self._summarise()
+        finally:
+            tracker.close()
+
+    def update(self) -> dict[str, float]:
+        """One update of the method: images from `sampler`, rewards, advantages, optimizer steps, snapshots."""
+        config, number = self.args, self.updates_done
+        indices = epoch_order(
+            len(self.train_data), number * config.prompts_per_update, config.prompts_per_update, config.seed
+        )
+        batch = prompt_batch(self.train_data, indices, config.group_size, config.seed, "rollout", number)
+        with self.snapshots.use(SAMPLER if config.decouple_sampler else OLD) as sampler:
+            rollout = draw(
+                self.backbone, sampler, self.engine, batch, self._rollout_settings(), self.uncond, "rollout"
+            )
+        rewards = self.rewards.score(rollout.images, batch.prompts, batch.columns)
+        self.images_drawn += len(batch)
+        metrics = self._optimize(rollout, rewards)
+        self.snapshots.advance(OLD, config.old_schedule().decay(self.optimizer_steps))
+        if config.decouple_sampler:
+            self.snapshots.advance(SAMPLER, config.sampler_schedule().decay(self.optimizer_steps))
+        self.updates_done += 1
+        return metrics
+
+    def _optimize(self, rollout: Rollout, rewards: RewardOutput) -> dict[str, float]:
+        """The optimizer steps of one update, each on whole groups; mean metrics over the steps."""
+        config = self.args
+        group_id = rollout.batch.group_id
+        advantages = group_advantages(rewards.total, group_id, clip=config.advantage_clip)
+        gate = kl_gate(config.kl_gate, rewards.total, advantages.advantage, config.kl_reward_range)
+        draws = Draws(config.draws, config.timesteps, config.timestep_fraction, config.share_timesteps)
+        order = torch.randperm(
+            int(group_id.max()) + 1, generator=generator(config.seed, "groups", self.updates_done)
+        )
+        steps: list[dict[str, float]] = []
+        for step, groups in enumerate(order.tensor_split(config.optimizer_steps)):
+            images = torch.isin(group_id, groups).nonzero()[:, 0]
+            rows = build_rows(rewards, advantages, gate, group_id, images, draws.count)
+            name = (config.seed, "train", self.updates_done, step)
+            velocities = RowVelocities(
+                backbone=self.backbone,
+                snapshots=self.snapshots,
+                engine=self.engine,
+                rollout=rollout,
+                rows=rows,
+                t=draw_times(draws, self.sigmas, rows, *name),
+                needs=self.objective.needs,
+                uncond=self.uncond,
+                anchor_guidance=config.anchor_guidance,
+                cache=config.cache_references,
+                name=name,
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(
+                    1.0, (self.optimizer_steps + 1) / (config.warmup_steps + 1)
+                )
+            found = self.engine.backward(
+                self.objective, velocities, rows.to(self.engine.device), config.micro_batch
+            )
+            norm = self.engine.step(self.optimizer, self.snapshots.parameters(), config.max_grad_norm)
+            self.optimizer_steps += 1
+            steps.append({**found, "gradient_norm": norm})
+        means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        columns = {f"reward_{name}": float(values.nanmean()) for name, values in rewards.columns.items()}
+        return {
+            "reward": float(rewards.total.mean()),
+            **columns,
+            **means,
+            "zero_variance_groups": float(advantages.zero_variance_groups),
+            "old_decay": config.old_schedule().decay(self.optimizer_steps),
+            "sampler_decay": config.sampler_schedule().decay(self.optimizer_steps),
+            "images": float(self.images_drawn),
+            "optimizer_steps": float(self.optimizer_steps),
+        }
+
+    def evaluate(self, role: str = POLICY, guidance: float = 1.0) -> EvalResult:
+        """Reward of a role ("policy", "anchor" = the base model, ...) on the evaluation prompts.
+
+        Raises:
+            CRDError: the trainer has no evaluation prompts.
+        """
+        if self.eval_data is None:
+            raise CRDError("no evaluation prompts; set eval_prompts or pass eval_dataset")
+        config = self.args
+        settings = SamplingSettings(
+            config.eval_steps, guidance, config.rollout_batch, config.height, config.width
+        )
+        with self.snapshots.use(role) as denoiser:
+            return evaluate(
+                self.backbone,
+                denoiser,
+                self.engine,
+                self.rewards,
+                self.eval_data,
+                settings,
+                self.uncond,
+                images_per_prompt=config.eval_images,
+                seed=config.seed,
+            )
+
+    def save_model(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Export the policy for stock diffusers: a LoRA folder, or a whole pipeline after full fine-tuning."""
+        if self.snapshots.lora is not None:
+            return export_lora(self.backbone, self.snapshots, folder, overwrite=overwrite)
+        return export_pipeline(self.backbone, self.snapshots, folder, overwrite=overwrite)
+
+    def _rollout_settings(self) -> SamplingSettings:
+        config = self.args
+        return SamplingSettings(
+            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width
+        )
+
+    def _evaluate_and_save(self, tracker: Tracker) -> None:
+        """After an update: evaluation and checkpoint when due, and at the end."""
+        config, done = self.args, self.updates_done
+        final = done == config.updates
+        best = False
+        if final or (config.eval_every and done % config.eval_every == 0):
+            reward = self._log_evaluation(tracker)
+            known = self.checkpoints.best()
+            best = reward is not None and (known is None or reward > known[1])
+            if best:
+                self._save()
+                self.checkpoints.mark_best(done, reward)
+        if not best and (final or (config.save_every and done % config.save_every == 0)):
+            self._save()
+
+    def _log_evaluation(self, tracker: Tracker) -> float | None:
+        """Held-out reward of the policy, logged; None without evaluation prompts."""
+        if self.eval_data is None:
+            return None
+        result = self.evaluate()
+        tracker.log(self.updates_done, "eval", result.metrics())
+        self.folder.save_samples(self.updates_done, result)
+        console.print(
+            f"update {self.updates_done}: held-out reward {result.mean:.3f} ({len(result.images)} images, no CFG)"
+        )
+        return result.mean
+
+    def _summarise(self) -> dict[str, float]:
+        """Before, after, and the base model at its best CFG scale, on the same prompts and noise."""
+        summary: dict[str, float] = {}
+        if self.eval_data is not None:
+            held_out = read_metrics(self.folder.path, "eval")
+            summary |= {"reward_before": held_out[0]["reward"], "reward_after": held_out[-1]["reward"]}
+            scales = {scale: self.evaluate(ANCHOR, scale).mean for scale in self.args.eval_base_guidance}
+            if scales:
+                best = max(scales, key=lambda scale: scales[scale])
+                summary |= {"reward_base_cfg": scales[best], "base_cfg_scale": best}
+        summary |= {
+            "steps": self.optimizer_steps,
+            "updates": self.updates_done,
+            "seconds": self.seconds,
+            "images": self.images_drawn,
+        }
+        self.folder.save_summary(summary)
+        table = Table("summary", str(self.folder.path))
+        for name, value in summary.items():
+            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+        console.print(table)
+        return summary
+
+    def _print(self, metrics: dict[str, float], seconds: float) -> None:
+        console.print(
+            f"update {self.updates_done}/{self.args.updates}  reward {metrics['reward']:.3f}  "
+            f"R std {metrics['implicit_reward_std']:.4f}  corr {metrics['reward_correlation']:.2f}  "
+            f"KL {metrics.get('kl', 0.0):.4f}  {seconds:.1f} s",
+            highlight=False,
+        )
+
+    def _save(self) -> None:
+        roles = (POLICY, *self.snapshots.roles)
+        tensors: dict[str, dict[str, Tensor]] = {role: self.snapshots.state(role) for role in roles}
+        tensors["optimizer"] = optimizer_tensors(self.optimizer, self.names)
+        counters = {
+            "updates_done": self.updates_done,
+            "optimizer_steps": self.optimizer_steps,
+            "images_drawn": self.images_drawn,
+            "seconds": self.seconds,
+        }
+        self.checkpoints.save(self.updates_done, Checkpoint(tensors, counters))
+
+    def _load(self, update: int) -> None:
+        checkpoint = self.checkpoints.load(update)
+        for role in (POLICY, *self.snapshots.roles):
+            self.snapshots.load_state(role, checkpoint.tensors[role])
+        load_optimizer_tensors(self.optimizer, self.names, dict(checkpoint.tensors["optimizer"]))
+        self.updates_done = checkpoint.counters["updates_done"]
+        self.optimizer_steps = checkpoint.counters["optimizer_steps"]
+        self.images_drawn = checkpoint.counters["images_drawn"]
+        self.seconds = checkpoint.counters["seconds"]

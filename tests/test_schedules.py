@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from crd.errors import CRDError
+from crd.schedules import RampDecay
+
+
+def test_published_old_schedule() -> None:
+    old = RampDecay(0.25, 0.005, 0, 0.999)
+    assert old.decay(0) == 0.25
+    assert old.decay(1) == pytest.approx(0.255)
+    assert old.decay(100) == pytest.approx(0.75)
+    assert old.decay(149) == pytest.approx(0.995)
+    assert old.decay(150) == 0.999
+
+
+def test_published_sampler_schedule() -> None:
+    sampler = RampDecay(0.0, 0.0075, 75, 0.999)
+    assert [sampler.decay(n) for n in (0, 74, 75)] == [0.0, 0.0, 0.0]
+    assert sampler.decay(76) == pytest.approx(0.0075)
+    assert sampler.decay(175) == pytest.approx(0.75)
+    assert sampler.decay(1000) == 0.999
+
+
+def test_zero_slope_is_constant() -> None:
+    assert {RampDecay(0.5, 0.0, 3, 0.9).decay(n) for n in range(10)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("start", "slope", "start_step", "end", "message"),
+    [
+        (-0.1, 0.1, 0, 0.9, "start <= end"),
+        (0.5, 0.1, 0, 0.4, "start <= end"),
+        (0.5, 0.1, 0, 1.1, "start <= end"),
+        (float("nan"), 0.1, 0, 0.9, "start <= end"),
+        (0.5, -0.1, 0, 0.9, "slope"),
+        (0.5, 0.1, -1, 0.9, "start_step"),
+    ],
+)
+def test_values_out_of_range_are_told(
+    start: float, slope: float, start_step: int, end: float, message: str
+) -> None:
+    with pytest.raises(CRDError, match=message):
+        RampDecay(start, slope, start_step, end)
+
+
+def test_a_negative_step_is_told() -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        RampDecay(0.0, 0.1, 0, 0.9).decay(-1)
