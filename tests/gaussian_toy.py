@@ -144,9 +144,7 @@ class World:
     reward: QuadraticReward
     prompts: tuple[float, ...] = (1.0,)
 
-    def draw_inputs(
-        self, policy: Policy, *, groups: int, draws: int, generator: torch.Generator
-    ) -> CRDInputs:
+    def draw_inputs(self, policy: Policy, *, groups: int, draws: int, generator: torch.Generator) -> CRDInputs:
         """Fresh images of `old`, raw rewards as advantages, `draws` noisings of each; a group shares t."""
         images = groups * GROUP_SIZE
         x0 = self.old.sample(images, generator)
@@ -164,9 +162,7 @@ class World:
             has_signal=torch.ones_like(rewards, dtype=torch.bool),
         )
         t_rows = t[:, group_id].flatten().double()
-        return CRDInputs(
-            self.outputs(policy, x0.repeat(draws, 1), t_rows, prompt.repeat(draws), generator), rows
-        )
+        return CRDInputs(self.outputs(policy, x0.repeat(draws, 1), t_rows, prompt.repeat(draws), generator), rows)
 
     def outputs(
         self, policy: Policy, x0: Tensor, t: Tensor, prompt: Tensor, generator: torch.Generator
@@ -205,9 +201,7 @@ class World:
             schedule.step()
 
     @torch.no_grad()
-    def mean_implicit_reward(
-        self, policy: Policy, x0: Tensor, draws: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
+    def mean_implicit_reward(self, policy: Policy, x0: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
         """Mean over `draws` draws of R with likelihood weight, and its standard error, each (B,)."""
         generator = torch.Generator().manual_seed(seed)
         rows = x0.repeat_interleave(draws, 0)

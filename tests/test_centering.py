@@ -26,9 +26,7 @@ def test_hand_worked() -> None:
     # Group 4: (1 + 2*3 + 5) / 4 = 3; group -1: (10*3 + 20) / 4 = 12.5.
     weights = torch.tensor([1.0, 3.0, 2.0, 1.0, 1.0])
     assert center(values, group_id, weights).tolist() == [-2.0, -2.5, 0.0, 7.5, 2.0]
-    assert group_std(values, group_id).tolist() == pytest.approx(
-        [(8 / 3) ** 0.5, 5, (8 / 3) ** 0.5, 5, (8 / 3) ** 0.5]
-    )
+    assert group_std(values, group_id).tolist() == pytest.approx([(8 / 3) ** 0.5, 5, (8 / 3) ** 0.5, 5, (8 / 3) ** 0.5])
 
 
 @settings(max_examples=50, deadline=None)
@@ -60,9 +58,7 @@ def test_a_constant_added_to_one_group_changes_nothing(
 
 @settings(max_examples=50, deadline=None)
 @given(grouped(), st.floats(0.05, 50))
-def test_tempered_weights_sum_to_one_and_center_to_zero(
-    data: tuple[torch.Tensor, torch.Tensor], tau: float
-) -> None:
+def test_tempered_weights_sum_to_one_and_center_to_zero(data: tuple[torch.Tensor, torch.Tensor], tau: float) -> None:
     values, group_id = data
     weights = tempered_weights(values, group_id, tau)
     centered = center(values, group_id, weights)
@@ -85,9 +81,7 @@ def test_tempered_weights_hand_worked() -> None:
 def test_a_large_tau_equals_uniform_and_a_small_one_stays_finite() -> None:
     values, group_id = torch.randn(12, dtype=DOUBLE), torch.arange(12) % 3
     weights = tempered_weights(values, group_id, 1e12)
-    torch.testing.assert_close(
-        center(values, group_id, weights), center(values, group_id), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(center(values, group_id, weights), center(values, group_id), rtol=0, atol=1e-10)
     extreme = tempered_weights(torch.tensor([0.0, 1.0, 5.0]), torch.tensor([0, 0, 0]), 1e-6)
     assert extreme.tolist() == [0.5, 0.0, 0.5]
 

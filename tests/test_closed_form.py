@@ -23,9 +23,7 @@ from crd.objectives.crd import CRDObjectiveConfig
 
 DOUBLE = torch.float64
 STANDARD = Gaussian(torch.zeros(2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE))
-CORRELATED = Gaussian(
-    torch.tensor([0.3, -0.2], dtype=DOUBLE), torch.tensor([[1.0, 0.4], [0.4, 0.8]], dtype=DOUBLE)
-)
+CORRELATED = Gaussian(torch.tensor([0.3, -0.2], dtype=DOUBLE), torch.tensor([[1.0, 0.4], [0.4, 0.8]], dtype=DOUBLE))
 REWARD = QuadraticReward(torch.tensor([1.0, -0.5], dtype=DOUBLE), torch.tensor([0.5, 0.0], dtype=DOUBLE))
 
 

@@ -31,9 +31,7 @@ VARIANTS = [
 def make_rows(group_sizes: tuple[int, ...] = (3, 2, 4), draws: int = 3, seed: int = 0) -> Rows:
     """Rows of groups of different sizes, in random order; the last group has no signal."""
     g = torch.Generator().manual_seed(seed)
-    entries = [
-        (5 * p - 3, k, m) for p, size in enumerate(group_sizes) for k in range(size) for m in range(draws)
-    ]
+    entries = [(5 * p - 3, k, m) for p, size in enumerate(group_sizes) for k in range(size) for m in range(draws)]
     rewards = {(p, k): torch.rand(1, generator=g).item() for p, k, _ in entries}
     order = torch.randperm(len(entries), generator=g).tolist()
     group_id, image_id, draw = (torch.tensor([entries[i][column] for i in order]) for column in range(3))
@@ -46,9 +44,7 @@ def make_rows(group_sizes: tuple[int, ...] = (3, 2, 4), draws: int = 3, seed: in
 def make_outputs(n: int, seed: int = 0) -> DenoiserOutputs:
     g = torch.Generator().manual_seed(seed)
     policy, old, anchor, target = (torch.randn(n, *SHAPE, generator=g, dtype=DOUBLE) for _ in range(4))
-    return DenoiserOutputs(
-        policy, old, anchor, target, t=0.1 + 0.9 * torch.rand(n, generator=g, dtype=DOUBLE)
-    )
+    return DenoiserOutputs(policy, old, anchor, target, t=0.1 + 0.9 * torch.rand(n, generator=g, dtype=DOUBLE))
 
 
 def pick_rows(rows: Rows, index: Tensor) -> Rows:
@@ -67,9 +63,7 @@ class World:
         self.rows = make_rows()
         self.rest = make_outputs(len(self.rows))
         self.x_t = torch.randn(len(self.rows), *SHAPE, dtype=DOUBLE)
-        self.net = nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1)
-        ).double()
+        self.net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1)).double()
 
     def outputs(self, index: Tensor) -> DenoiserOutputs:
         return dataclasses.replace(pick_outputs(self.rest, index), policy=self.net(self.x_t[index]))
@@ -102,9 +96,7 @@ class World:
         return out.loss.item(), self.gradient()
 
 
-@pytest.mark.parametrize(
-    "config", VARIANTS, ids=lambda c: f"{c.centering}-{c.form}-{c.residual}-{c.weighting}"
-)
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.centering}-{c.form}-{c.residual}-{c.weighting}")
 def test_micro_batches_ranks_and_order_change_neither_loss_nor_gradient(config: CRDObjectiveConfig) -> None:
     world = World()
     n = len(world.rows)
@@ -219,9 +211,7 @@ def test_hand_worked_squared_losses() -> None:
     assert out.metrics["reward_correlation"] == pytest.approx(1.2 / (0.16 * 10 * 0.25) ** 0.5 / 2)
     assert out.metrics["implicit_reward_mean"] == 1.0
     assert out.metrics["implicit_reward_std"] == pytest.approx(2.5**0.5)
-    loo = CRD(dataclasses.replace(config, residual="leave_one_out")).loss(
-        {"implicit_reward": HAND_R}, hand_rows()
-    )
+    loo = CRD(dataclasses.replace(config, residual="leave_one_out")).loss({"implicit_reward": HAND_R}, hand_rows())
     assert loo.metrics["loss_policy"] == pytest.approx(0.8 * 0.3)
     assert loo.metrics["squared_loss_unbiased"] == pytest.approx(0.8 * 0.3)
 
@@ -290,9 +280,7 @@ def test_leave_one_out_is_unbiased_and_per_draw_is_not() -> None:
     noise = torch.randn(4 * copies, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     exact = (0.5 - 0.2) ** 2
     per_draw, loo = (
-        CRD(CRDObjectiveConfig(kl_max=0.0, residual=residual)).loss(
-            {"implicit_reward": truth + 2 * noise}, rows
-        )
+        CRD(CRDObjectiveConfig(kl_max=0.0, residual=residual)).loss({"implicit_reward": truth + 2 * noise}, rows)
         for residual in ("per_draw", "leave_one_out")
     )
     assert per_draw.metrics["loss_policy"] == pytest.approx(exact + 2, abs=0.06)
@@ -316,12 +304,8 @@ def test_tempered_centering_with_a_large_tau_equals_uniform() -> None:
     inputs = CRDInputs(make_outputs(27), make_rows())
     for residual in ("per_draw", "leave_one_out"):
         uniform = crd_loss(inputs, CRDObjectiveConfig(residual=residual)).loss.item()
-        far = crd_loss(
-            inputs, CRDObjectiveConfig(residual=residual, centering="tempered", tau=1e12)
-        ).loss.item()
-        near = crd_loss(
-            inputs, CRDObjectiveConfig(residual=residual, centering="tempered", tau=0.1)
-        ).loss.item()
+        far = crd_loss(inputs, CRDObjectiveConfig(residual=residual, centering="tempered", tau=1e12)).loss.item()
+        near = crd_loss(inputs, CRDObjectiveConfig(residual=residual, centering="tempered", tau=0.1)).loss.item()
         assert far == pytest.approx(uniform, rel=1e-9)
         assert abs(near - uniform) > 1e-3
 

@@ -116,9 +116,7 @@ def test_lora_comes_back(lora_run: tuple[SD3Backbone, Snapshots, Path]) -> None:
     assert distance(our_pictures(bare, from_file), ours) <= 1
 
 
-def test_load_lora_refuses_what_does_not_fit(
-    lora_run: tuple[SD3Backbone, Snapshots, Path], tmp_path: Path
-) -> None:
+def test_load_lora_refuses_what_does_not_fit(lora_run: tuple[SD3Backbone, Snapshots, Path], tmp_path: Path) -> None:
     _, _, folder = lora_run
     _, other_rank = trained(rank=2)
     with pytest.raises(CRDError, match="use the rank and model of the run"):

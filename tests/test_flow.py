@@ -72,9 +72,7 @@ def test_rollout_grid_with_more_draws_than_points_repeats_evenly() -> None:
         assert sorted(counts.tolist()) == [2, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("steps", "fraction", "kept"), [(10, 0.99, 10), (40, 0.99, 40), (100, 0.99, 99), (10, 0.5, 5)]
-)
+@pytest.mark.parametrize(("steps", "fraction", "kept"), [(10, 0.99, 10), (40, 0.99, 40), (100, 0.99, 99), (10, 0.5, 5)])
 def test_fraction_keeps_the_noisiest_steps(steps: int, fraction: float, kept: int) -> None:
     grid = torch.linspace(1, 0, steps + 1)
     t = draw_timesteps("rollout_grid", grid, units=1, draws=kept, fraction=fraction, generator=generator())
@@ -107,9 +105,7 @@ def test_the_seed_decides(mode: str) -> None:
 
 
 def test_bad_input_is_told() -> None:
-    def call(
-        mode: str = "uniform", sigmas: torch.Tensor = GRID, units: int = 2, fraction: float = 0.99
-    ) -> None:
+    def call(mode: str = "uniform", sigmas: torch.Tensor = GRID, units: int = 2, fraction: float = 0.99) -> None:
         draw_timesteps(mode, sigmas, units=units, draws=2, fraction=fraction, generator=generator())
 
     with pytest.raises(CRDError, match="rollout_grid, uniform, stratified"):

@@ -38,9 +38,7 @@ def test_zero_slope_is_constant() -> None:
         (0.5, 0.1, -1, 0.9, "start_step"),
     ],
 )
-def test_values_out_of_range_are_told(
-    start: float, slope: float, start_step: int, end: float, message: str
-) -> None:
+def test_values_out_of_range_are_told(start: float, slope: float, start_step: int, end: float, message: str) -> None:
     with pytest.raises(CRDError, match=message):
         RampDecay(start, slope, start_step, end)
 

@@ -136,9 +136,7 @@ def test_sigmas_shift_with_the_picture_size_where_the_config_asks() -> None:
     options = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
     pipeline = tiny_pipeline(scheduler_options=options)
     backbone = SD3Backbone(pipeline, max_sequence_length=8)
-    pipeline(
-        "a", num_inference_steps=4, height=2 * SIDE, width=SIDE, output_type="latent", max_sequence_length=8
-    )
+    pipeline("a", num_inference_steps=4, height=2 * SIDE, width=SIDE, output_type="latent", max_sequence_length=8)
     assert torch.equal(backbone.sigmas(4, 2 * SIDE, SIDE), pipeline.scheduler.sigmas)
     assert backbone.sigmas(4, 2 * SIDE, SIDE)[1] > backbone.sigmas(4)[1]
 
@@ -167,9 +165,7 @@ def test_decode_equals_stock(backbone: SD3Backbone) -> None:
 
 def test_lora_targets_reach_joint_attention_only(backbone: SD3Backbone) -> None:
     matched = {
-        name
-        for name, _ in backbone.denoiser.named_modules()
-        if any(name.endswith(t) for t in backbone.lora_targets)
+        name for name, _ in backbone.denoiser.named_modules() if any(name.endswith(t) for t in backbone.lora_targets)
     }
     # Two blocks of eight projections; the last block has no text output, and attn2 stays as it is.
     assert len(matched) == 15
@@ -219,9 +215,7 @@ def test_load_backbone_tells_bad_models_in_one_line(saved: Path, tmp_path: Path)
 
 def test_a_hub_id_without_a_connection_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        CRDError, match=r"cannot load crd-tests/no-such-model: .*check the id and the connection"
-    ):
+    with pytest.raises(CRDError, match=r"cannot load crd-tests/no-such-model: .*check the id and the connection"):
         load_backbone("crd-tests/no-such-model")
 
 

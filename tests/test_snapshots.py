@@ -20,9 +20,7 @@ ROLES = ("policy", "old", "sampler", "anchor")
 TARGETS = SD3Backbone.lora_targets
 
 
-def make(
-    mode: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0
-) -> tuple[SD3Backbone, Snapshots]:
+def make(mode: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> tuple[SD3Backbone, Snapshots]:
     backbone = load_backbone(tiny_pipeline(), dtype=dtype, max_sequence_length=4)
     assert isinstance(backbone, SD3Backbone)
     lora = LoraSettings(TARGETS, rank=4, alpha=8.0, dropout=dropout) if mode == "lora" else None
@@ -215,9 +213,7 @@ def test_small_updates_of_bf16_weights_are_not_lost() -> None:
     with torch.no_grad():
         weight.fill_(2.0)
     for _ in range(500):
-        snapshots.advance(
-            "old", 0.999
-        )  # one bf16 step from 1.0 is 0.0078: each update alone rounds to nothing
+        snapshots.advance("old", 0.999)  # one bf16 step from 1.0 is 0.0078: each update alone rounds to nothing
     average = snapshots.state("old")[name]
     assert average.dtype == torch.float32
     assert average.mean().item() == pytest.approx(2 - 0.999**500, abs=1e-3)
@@ -253,14 +249,9 @@ def test_lora_adapters_are_float32_over_a_bf16_base_and_train() -> None:
 
 def test_lora_keeps_no_second_copy_of_the_backbone() -> None:
     backbone = SD3Backbone(tiny_pipeline())
-    base = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in backbone.denoiser.parameters()
-    }
+    base = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in backbone.denoiser.parameters()}
     snapshots = Snapshots(backbone.denoiser, "lora", LoraSettings(TARGETS, rank=4, alpha=8.0))
-    now = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in snapshots.module.state_dict().values()
-    }
+    now = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in snapshots.module.state_dict().values()}
     buffers = sum(b.untyped_storage().nbytes() for b in snapshots.module.buffers())
     adapters = 3 * sum(4 * p.numel() for p in snapshots.parameters())
     assert set(base) <= set(now)
@@ -295,9 +286,7 @@ def test_state_round_trip(mode: str) -> None:
     disturb(snapshots, 2)  # must not reach what was saved
     other_backbone, other = make(mode)
     for role, state in saved.items():
-        assert all(
-            torch.equal(tensor, kept[role][name]) and tensor.is_contiguous() for name, tensor in state.items()
-        )
+        assert all(torch.equal(tensor, kept[role][name]) and tensor.is_contiguous() for name, tensor in state.items())
         other.load_state(role, state)
     for role, v in outputs(other_backbone, other).items():
         assert torch.equal(v, expected[role]), role

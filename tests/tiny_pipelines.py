@@ -28,9 +28,7 @@ SIDE = 16  # default picture side in pixels
 def clip_tokenizer() -> CLIPTokenizer:
     """Character-level CLIP tokenizer: no merges, every printable character with and without end of word."""
     characters = string.ascii_lowercase + string.digits + '"' + "!.,"
-    vocabulary = {
-        piece: index for index, piece in enumerate([*characters, *(c + "</w>" for c in characters)])
-    }
+    vocabulary = {piece: index for index, piece in enumerate([*characters, *(c + "</w>" for c in characters)])}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)

@@ -26,9 +26,7 @@ class Advantages:
     groups: int
 
 
-def group_advantages(
-    rewards: Tensor, group_id: Tensor, *, clip: float = 5.0, eps: float = 1e-4
-) -> Advantages:
+def group_advantages(rewards: Tensor, group_id: Tensor, *, clip: float = 5.0, eps: float = 1e-4) -> Advantages:
     """Center rewards within each group, scale them by the global deviation, and map them to [0, 1].
 
         adv_i = clamp((r_i - mean_group r) / (std_all r + eps), -clip, clip),    A_i = adv_i / (2 clip) + 1/2
@@ -59,9 +57,7 @@ def group_advantages(
     bad = ~torch.isfinite(rewards)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise CRDError(
-            f"rewards must be finite, got {rewards[row].item()} for image {row}; fix the reward function"
-        )
+        raise CRDError(f"rewards must be finite, got {rewards[row].item()} for image {row}; fix the reward function")
     distinct, group = torch.unique(group_id, return_inverse=True)
     # Exact comparison: a deviation computed from a rounded mean would be 1e-17 instead of 0.
     start = torch.zeros(len(distinct), dtype=torch.float64, device=rewards.device)

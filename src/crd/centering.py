@@ -97,9 +97,7 @@ def _check(values: Tensor, group_id: Tensor) -> None:
             f"values and group_id must both be (B,), got {tuple(values.shape)} and {tuple(group_id.shape)}"
         )
     if not values.is_floating_point() or group_id.dtype != torch.int64:
-        raise ValueError(
-            f"values must be floating point and group_id int64, got {values.dtype}, {group_id.dtype}"
-        )
+        raise ValueError(f"values must be floating point and group_id int64, got {values.dtype}, {group_id.dtype}")
 
 
 def _dense_groups(group_id: Tensor) -> tuple[Tensor, int]:

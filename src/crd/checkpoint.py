@@ -49,11 +49,7 @@ class CheckpointFolder:
 
     def updates(self) -> list[int]:
         """Updates with a complete checkpoint, oldest first."""
-        found = (
-            path.name.removeprefix(PREFIX)
-            for path in self.folder.glob(f"{PREFIX}*")
-            if (path / STATE).is_file()
-        )
+        found = (path.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*") if (path / STATE).is_file())
         return sorted(int(number) for number in found if number.isdigit())
 
     def path(self, update: int) -> Path:
@@ -72,9 +68,7 @@ class CheckpointFolder:
             for stem, tensors in checkpoint.tensors.items():
                 save_file(dict(tensors), temporary / f"{stem}.safetensors")
             digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-            _write_json(
-                temporary / STATE, {"update": update, "counters": checkpoint.counters, "sha256": digests}
-            )
+            _write_json(temporary / STATE, {"update": update, "counters": checkpoint.counters, "sha256": digests})
             _sync(temporary)
             target = self.path(update)
             if target.exists():
@@ -109,9 +103,7 @@ class CheckpointFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             earlier = [number for number in self.updates() if number < update]
             hint = (
-                f"--resume {self.path(earlier[-1])} goes back to update {earlier[-1]}"
-                if earlier
-                else "start a new run"
+                f"--resume {self.path(earlier[-1])} goes back to update {earlier[-1]}" if earlier else "start a new run"
             )
             raise CRDError(f"checkpoint {path} is corrupt: {error}; {hint}") from error
 

@@ -6,8 +6,10 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from crd.console import errors
 from crd.errors import CRDError
@@ -15,17 +17,20 @@ from crd.errors import CRDError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
-        parser.error(f"unknown argument {rest[0]!r} of crd {args.command}")
-    _quiet_libraries()
-    # Imported here: --help and a typing error need no torch.
-    from crd import commands
-
+    debug = "--debug" in (sys.argv if argv is None else argv)
     try:
+        args, rest = _parser().parse_known_args(argv)
+        if rest and args.command != "train":
+            raise CRDError(f"unknown argument {rest[0]!r} of crd {args.command}; see crd {args.command} --help")
+        _quiet_libraries(debug)
+        # Imported here: --help and a typing error need no torch.
+        from crd import commands
+
         if args.command == "train":
-            commands.train(args.config or args.config_option, _overrides(rest), resume=args.resume)
+            source = rest.pop(0) if rest and not rest[0].startswith("--") else None
+            if source is not None and args.config is not None:
+                raise CRDError(f"the configuration is given twice, {source!r} and --config {args.config!r}; drop one")
+            commands.train(source or args.config, _overrides(rest), resume=args.resume)
         elif args.command == "sample":
             commands.sample(args)
         elif args.command == "eval":
@@ -33,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             commands.export(args)
     except CRDError as error:
-        if args.debug:
+        if debug:
             raise
-        errors.print(f"crd: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        text = " ".join(str(error).split())
+        errors.print(f"crd: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         errors.print("crd: interrupted; `crd train --resume RUN` goes on from the last checkpoint")
@@ -43,43 +49,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CRDError(f"{message}; see {self.prog} --help")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="crd", description="Centered Reward Distillation for diffusion and flow models."
+    shared = _Parser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser = _Parser(
+        prog="crd",
+        description="Centered Reward Distillation for diffusion and flow models.",
+        parents=[shared],
+        allow_abbrev=False,
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser(
         "train",
+        parents=[shared],
+        allow_abbrev=False,
         help="fine-tune a model",
-        epilog="Any field of docs/configuration.md: --beta 2 --group-size 8",
+        usage="crd train [CONFIG] [--FIELD VALUE ...] [--resume RUN]",
+        epilog="CONFIG comes first. Any field of docs/configuration.md may follow: --beta 2 --group-size 8",
     )
-    train.add_argument("config", nargs="?", help="YAML file or recipe name, e.g. ocr-demo")
-    train.add_argument("--config", dest="config_option", help="the same, as an option")
+    # Not a positional argument: argparse would take the value of the first --FIELD for it.
+    train.add_argument("--config", help="YAML file or recipe name, e.g. ocr-demo; `crd train ocr-demo` is the same")
     train.add_argument("--resume", metavar="RUN", help="run folder, or one of its checkpoints, to go on from")
 
-    sample = commands.add_parser("sample", help="before/after sheet for given prompts, same noise")
+    sample = commands.add_parser(
+        "sample", parents=[shared], allow_abbrev=False, help="before/after sheet for given prompts, same noise"
+    )
     _add_target(sample)
     sample.add_argument("--prompt", action="append", default=[], help="may be repeated")
     sample.add_argument("--prompts", help=".txt, .jsonl or world:test:N")
     sample.add_argument("--out", default="samples.png")
-    sample.add_argument("--images", type=int, default=1, help="images per prompt")
-    sample.add_argument(
-        "--base-guidance", type=float, default=None, help="also show the base model at this CFG scale"
-    )
+    sample.add_argument("--images", type=_positive, default=1, help="images per prompt")
+    sample.add_argument("--base-guidance", type=float, default=None, help="also show the base model at this CFG scale")
     _add_sampling(sample)
 
-    evaluate = commands.add_parser("eval", help="rewards of a model on held-out prompts")
+    evaluate = commands.add_parser(
+        "eval", parents=[shared], allow_abbrev=False, help="rewards of a model on held-out prompts"
+    )
     _add_target(evaluate)
     evaluate.add_argument("--prompts", default="world:test:256", help=".txt, .jsonl or world:test:N")
     evaluate.add_argument("--reward", action="append", default=None, help="may be repeated; default ocr")
-    evaluate.add_argument("--images", type=int, default=1, help="images per prompt")
+    evaluate.add_argument("--images", type=_positive, default=1, help="images per prompt")
     evaluate.add_argument("--out", help="write the result as JSON")
     _add_sampling(evaluate)
 
     export = commands.add_parser(
-        "export", help="write a LoRA folder, or a whole pipeline, for stock diffusers"
+        "export", parents=[shared], allow_abbrev=False, help="write a LoRA folder, or a whole pipeline, for diffusers"
     )
     _add_target(export)
     export.add_argument("--out", required=True, help="folder to create")
@@ -97,12 +125,12 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=int, default=None, help="sampling steps (default: the run's eval_steps, else 40)"
+        "--steps", type=_positive, default=None, help="sampling steps (default: the run's eval_steps, else 40)"
     )
     parser.add_argument(
         "--guidance", type=float, action="append", default=None, help="CFG scale; may be repeated (default 1)"
     )
-    parser.add_argument("--batch", type=int, default=32, help="images per denoiser call")
+    parser.add_argument("--batch", type=_positive, default=32, help="images per denoiser call")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -127,8 +155,11 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(debug: bool) -> None:
     """Our own bars and one-line errors are enough; the libraries' notices would hide them."""
+    if not debug:
+        # On a full disk the writer thread of TensorBoard prints a traceback beside our one line.
+        threading.excepthook = lambda _: None
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

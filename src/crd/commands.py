@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from crd.checkpoint import PREFIX, CheckpointFolder
-from crd.config import CRDConfig, config_from, load_config
+from crd.config import RESUMABLE, CRDConfig, config_from, load_config
 from crd.console import console
 from crd.data import PromptDataset, load_prompts, prompt_batch
 from crd.engine import Engine
@@ -32,12 +33,6 @@ from crd.trainer import CRDTrainer
 transformers_logging.disable_progress_bar()
 diffusers_logging.disable_progress_bar()
 
-# What a resumed run may change: everything else would make it another run.
-RESUMABLE = {
-    "updates", "eval_every", "save_every", "keep_checkpoints", "micro_batch", "rollout_batch", "cache_references",
-    "threads", "device", "tensorboard", "wandb", "eval_base_guidance",
-}  # fmt: skip
-
 
 def train(source: str | None, overrides: Mapping[str, str], resume: str | None) -> None:
     """`crd train`: a new run, or one that goes on."""
@@ -46,7 +41,7 @@ def train(source: str | None, overrides: Mapping[str, str], resume: str | None) 
         return
     if source is not None:
         raise CRDError(f"--resume takes the run's own configuration, got {source!r} too; leave it out")
-    run, number = _resumed(Path(resume))
+    run, checkpoint = _resumed(Path(resume))
     config = load_config(run / CONFIG_FILE)
     changed = {key.replace("-", "_"): value for key, value in overrides.items()}
     fixed = sorted(set(changed) - RESUMABLE)
@@ -54,44 +49,46 @@ def train(source: str | None, overrides: Mapping[str, str], resume: str | None) 
         config_from(changed)  # an unknown key gets its own message
         raise CRDError(f"{fixed[0]} cannot change in a resumed run; allowed: {', '.join(sorted(RESUMABLE))}")
     config = replace(config_from({**_plain(config), **changed}), output_dir=str(run))
-    CRDTrainer(args=config).train(resume=number)
+    CRDTrainer(args=config).train(resume=checkpoint)
 
 
 def _plain(config: CRDConfig) -> dict[str, Any]:
     return dict(config.__dict__)
 
 
-def _resumed(path: Path) -> tuple[Path, int]:
-    """Run folder and update number of a run folder or of one of its checkpoints."""
-    run, wanted = (path.parent.parent, path.name) if path.name.startswith(PREFIX) else (path, "last")
+def _resumed(path: Path) -> tuple[Path, bool | int]:
+    """Run folder, and True for its last checkpoint or the update of the one that was named."""
+    named = path.parent.name == "checkpoints" and path.name.startswith(PREFIX)
+    run = path.parent.parent if named else path
     if not is_run(run):
         raise CRDError(f"--resume needs a run folder (with {CONFIG_FILE}), got {path}")
-    return run, checkpoint_number(CheckpointFolder(run / "checkpoints", keep=1), wanted)
+    return run, checkpoint_number(CheckpointFolder(path.parent, keep=1), path.name) if named else True
 
 
 def sample(args: argparse.Namespace) -> None:
     """`crd sample`: one sheet, a row for the base model and one for the trained model, same noise."""
-    if not args.prompt and not args.prompts:
-        raise CRDError("no prompts; give --prompt TEXT (repeatable) or --prompts FILE")
+    if bool(args.prompt) == bool(args.prompts):
+        raise CRDError("give prompts as --prompt TEXT (repeatable) or as --prompts FILE, one of the two")
+    out = Path(args.out)
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise CRDError(f"--out must be a picture such as samples.png, got {args.out!r}")
     dataset = load_prompts(args.prompts) if args.prompts else load_prompts(args.prompt)
     model, engine = _load(args)
-    guidance = (args.guidance or [1.0])[0]
     batch = prompt_batch(dataset, range(len(dataset)), args.images, args.seed, EVAL_SEED)
-    lines = [("base", ANCHOR, guidance)]
-    if args.base_guidance is not None:
-        lines.append((f"base, CFG {args.base_guidance:g}", ANCHOR, args.base_guidance))
+    scales = args.guidance or [1.0]
+    base_scales = scales if args.base_guidance is None else [*scales, args.base_guidance]
+    lines = [("base", ANCHOR, scale) for scale in base_scales]
     if model.role != ANCHOR:
-        lines.append(("trained", model.role, guidance))
+        lines += [("trained", model.role, scale) for scale in scales]
     uncond = model.backbone.encode([""])
     rows = []
-    for title, role, scale in lines:
+    for name, role, scale in lines:
+        title = name if scale == 1 else f"{name}, CFG {scale:g}"
         with model.snapshots.use(role) as denoiser:
             settings = _settings(args, model, scale)
             rollout = draw(model.backbone, denoiser, engine, batch, settings, uncond, title)
         rows.append(GridRow(title, rollout.images))
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(rows, batch.prompts).save(out)
+    _write(out, draw_grid(rows, batch.prompts).save)
     console.print(f"wrote {out} ({len(rows)} rows x {len(batch)} images)")
 
 
@@ -110,8 +107,8 @@ def evaluate(args: argparse.Namespace) -> None:
     ]
     _print_table(results)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(results, indent=2) + "\n"
+        _write(Path(args.out), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _evaluate_role(
@@ -152,11 +149,18 @@ def export(args: argparse.Namespace) -> None:
     console.print(f"wrote {folder}; load it with {how}({str(folder)!r})")
 
 
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Create a file for the user, and the folders above it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise CRDError(f"cannot write {path}: {error}; choose another --out") from error
+
+
 def _load(args: argparse.Namespace) -> tuple[LoadedModel, Engine]:
     engine = Engine(device=args.device)
-    return load_model(
-        args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device)
-    ), engine
+    return load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device)), engine
 
 
 def _settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> SamplingSettings:

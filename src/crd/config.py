@@ -22,6 +22,12 @@ from crd.schedules import RampDecay
 
 MIXED_PRECISION = ("no", "bf16", "fp16")
 
+# What a resumed run may change: everything else would make it another run.
+RESUMABLE = frozenset({
+    "updates", "eval_every", "save_every", "keep_checkpoints", "micro_batch", "rollout_batch", "cache_references",
+    "threads", "device", "tensorboard", "wandb", "eval_base_guidance",
+})  # fmt: skip
+
 
 @dataclass(frozen=True)
 class CRDConfig:
@@ -124,8 +130,8 @@ class CRDConfig:
         _check_choice("finetune", self.finetune, ("lora", "full"))
         _check_choice("mixed_precision", self.mixed_precision, MIXED_PRECISION)
         positive = ("updates", "prompts_per_update", "group_size", "optimizer_steps", "rollout_steps", "draws",
-                    "lora_rank", "learning_rate", "max_grad_norm", "micro_batch", "rollout_batch", "eval_steps",
-                    "eval_images", "keep_checkpoints")  # fmt: skip
+                    "lora_rank", "lora_alpha", "learning_rate", "max_grad_norm", "advantage_clip", "micro_batch",
+                    "rollout_batch", "eval_steps", "eval_images", "keep_checkpoints")  # fmt: skip
         for name in positive:
             _check_above(name, self._value(name), 0)
         for name in ("warmup_steps", "weight_decay", "eval_every", "save_every"):
@@ -141,6 +147,9 @@ class CRDConfig:
                 f"optimizer_steps={self.optimizer_steps} exceeds prompts_per_update={self.prompts_per_update}; "
                 "a step takes whole groups, so lower it"
             )
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= self._value(name) < 1:
+                raise CRDError(f"{name} must lie in [0, 1), got {self._value(name)}; published: 0.9 and 0.999")
         low, high = self.kl_reward_range
         if not low < high:
             raise CRDError(f"kl_reward_range must be [low, high] with low < high, got {[low, high]}")
@@ -214,9 +223,7 @@ def config_from(values: Mapping[str, Any]) -> CRDConfig:
 def recipes() -> list[str]:
     """Names of the bundled recipes."""
     return sorted(
-        path.name.removesuffix(".yaml")
-        for path in files("crd.recipes").iterdir()
-        if path.name.endswith(".yaml")
+        path.name.removesuffix(".yaml") for path in files("crd.recipes").iterdir() if path.name.endswith(".yaml")
     )
 
 
@@ -240,17 +247,16 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type; strings from the command line are read as YAML first."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and (value is None or value in ("none", "null")):
+        return None
     if isinstance(value, str) and str not in options:
         text = value
-        value = yaml.safe_load(text)
-        if (
-            any(typing.get_origin(o) is tuple for o in options)
-            and not isinstance(value, list)
-            and value is not None
-        ):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if any(typing.get_origin(o) is tuple for o in options) and not isinstance(value, list) and value is not None:
             value = [part.strip() for part in text.split(",") if part.strip()]
-    if (value is None and type(None) in options) or (value == "none" and type(None) in options):
-        return None
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, Sequence):
             items = [value] if isinstance(value, str) else list(value)
@@ -271,6 +277,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
                 continue
         if option is str and isinstance(value, str):
             return value
+        if option is str and value is False:  # a bare `no` is a boolean to YAML
+            return "no"
     wanted = getattr(hint, "__name__", str(hint))
     raise CRDError(f"{name} must be {wanted}, got {value!r}")
 

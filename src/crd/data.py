@@ -47,8 +47,16 @@ def load_prompts(source: Prompts) -> PromptDataset:
         if str(source).startswith("world:"):
             return _from_records([{"prompt": p} for p in _world(str(source))], str(source))
         return _from_records(_read_file(Path(source)), str(source))
-    records = [{"prompt": item} if isinstance(item, str) else dict(item) for item in source]
+    records = [_record(number, item) for number, item in enumerate(source, start=1)]
     return _from_records(records, "the dataset")
+
+
+def _record(number: int, item: Any) -> dict[str, Any]:
+    if isinstance(item, str):
+        return {"prompt": item}
+    if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str):
+        raise CRDError(f'record {number} of the dataset must be a string or have a string "prompt", got {item!r:.80}')
+    return dict(item)
 
 
 def _world(source: str) -> list[str]:
@@ -79,9 +87,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise CRDError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise CRDError(
-                f'{path} line {number} must be an object with a string "prompt", got {line[:80]!r}'
-            )
+            raise CRDError(f'{path} line {number} must be an object with a string "prompt", got {line[:80]!r}')
         records.append(record)
     return records
 
@@ -115,9 +121,7 @@ def epoch_order(size: int, position: int, count: int, seed: int) -> list[int]:
     return taken
 
 
-def prompt_batch(
-    dataset: PromptDataset, indices: Sequence[int], group_size: int, *seed_name: int | str
-) -> PromptBatch:
+def prompt_batch(dataset: PromptDataset, indices: Sequence[int], group_size: int, *seed_name: int | str) -> PromptBatch:
     """A group of `group_size` images for each prompt index; image seeds follow from `seed_name` and position."""
     per_image = [index for index in indices for _ in range(group_size)]
     return PromptBatch(

@@ -30,17 +30,13 @@ class Engine:
         if device not in ("auto", "cpu", "cuda"):
             raise CRDError(f"device must be auto, cpu or cuda, got {device!r}")
         if device == "cuda" and not torch.cuda.is_available():
-            raise CRDError(
-                "device=cuda but torch sees no GPU; use device=cpu or install a CUDA build of torch"
-            )
+            raise CRDError("device=cuda but torch sees no GPU; use device=cpu or install a CUDA build of torch")
         cpu = device == "cpu" or not torch.cuda.is_available()
         if mixed_precision == "fp16" and cpu:
             raise CRDError("mixed_precision=fp16 needs a GPU; use bf16 or no")
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
         if self.accelerator.num_processes > 1:
-            raise CRDError(
-                f"training on several processes is not implemented yet, got {self.accelerator.num_processes}; launch one"
-            )
+            raise CRDError(f"training runs in one process so far, got {self.accelerator.num_processes}; launch one")
 
     @property
     def device(self) -> torch.device:
@@ -50,16 +46,12 @@ class Engine:
         """Mixed precision of network calls; losses are computed outside of it."""
         return self.accelerator.autocast()
 
-    def prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module to call for the policy, and the optimizer to step."""
         wrapped, prepared = self.accelerator.prepare(module, optimizer)
         return wrapped, prepared
 
-    def backward(
-        self, objective: Objective, forward: Forward, rows: Rows, micro_batch: int
-    ) -> dict[str, float]:
+    def backward(self, objective: Objective, forward: Forward, rows: Rows, micro_batch: int) -> dict[str, float]:
         """Gradient of `objective.loss` over all rows of complete groups, added to `.grad`.
 
         With terms τ_i(θ) of single rows and a loss L(τ_1 .. τ_N), dL/dθ = Σ_i ∂L/∂τ_i dτ_i/dθ: a pass without
@@ -102,9 +94,7 @@ class Engine:
             self.accelerator.backward(torch.stack(weighted).sum())
         return output.metrics
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_grad_norm: float
-    ) -> float:
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
         """Clip, step, clear; returns the gradient norm before clipping.
 
         Raises:

@@ -101,6 +101,4 @@ def evaluate(
     """Score `images_per_prompt` images of every prompt; image i has the same noise for every model."""
     batch = prompt_batch(dataset, range(len(dataset)), images_per_prompt, seed, EVAL_SEED)
     rollout = draw(backbone, denoiser, engine, batch, settings, uncond, "evaluate")
-    return EvalResult(
-        rewards.score(rollout.images, batch.prompts, batch.columns), rollout.images, batch.prompts
-    )
+    return EvalResult(rewards.score(rollout.images, batch.prompts, batch.columns), rollout.images, batch.prompts)

@@ -88,9 +88,7 @@ def read_lora_settings(folder: str | Path) -> LoraSettings:
     state = _read_lora(Path(folder))
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight")}
     if len(ranks) != 1:
-        raise CRDError(
-            f"{folder} must hold adapters of one rank, got ranks {sorted(ranks)}; export it with crd export"
-        )
+        raise CRDError(f"{folder} must hold adapters of one rank, got ranks {sorted(ranks)}; export it with crd export")
     targets = sorted({name.rsplit(".lora_", 1)[0] for name in state})
     rank = ranks.pop()
     return LoraSettings(targets=tuple(targets), rank=rank, alpha=float(rank))
@@ -122,9 +120,7 @@ def export_pipeline(
         CRDError: the folder is taken or cannot be written.
     """
     merged = _plain_copy(backbone, snapshots, role)
-    pipeline = type(backbone.pipeline)(
-        **{**backbone.pipeline.components, backbone.denoiser_component: merged}
-    )
+    pipeline = type(backbone.pipeline)(**{**backbone.pipeline.components, backbone.denoiser_component: merged})
     with _new_folder(Path(folder), overwrite) as temporary:
         pipeline.save_pretrained(str(temporary))
         settings = backbone.settings()
@@ -171,9 +167,7 @@ def _read_lora(folder: Path) -> dict[str, Tensor]:
         raise CRDError(f"cannot read {path}: {error}; the file is damaged, export it again") from error
     components = {name.split(".", 1)[0] for name in tensors}
     if len(components) != 1 or any(".lora_" not in name for name in tensors):
-        raise CRDError(
-            f"{path} must hold the LoRA of one denoiser, got parts {sorted(components)}; export it again"
-        )
+        raise CRDError(f"{path} must hold the LoRA of one denoiser, got parts {sorted(components)}; export it again")
     return {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
 
 

@@ -113,9 +113,7 @@ def draw_timesteps(
         orders = [_permutations(units, len(grid), generator) for _ in range(rounds)]
         return grid[torch.cat(orders, dim=1)[:, :draws]].T.contiguous().float()
     if mode not in TIMESTEP_MODES:
-        raise CRDError(
-            f"timestep mode must be one of {', '.join(TIMESTEP_MODES)}, got {mode!r}; choose one of them"
-        )
+        raise CRDError(f"timestep mode must be one of {', '.join(TIMESTEP_MODES)}, got {mode!r}; choose one of them")
     # float64, so that a draw next to the end of its stratum does not round into the following one.
     position = torch.rand(draws, units, generator=generator, device=generator.device, dtype=torch.float64)
     if mode == "stratified":
@@ -130,17 +128,13 @@ def _kept_grid(sigmas: Tensor, fraction: float) -> Tensor:
         raise ValueError(f"sigmas must be (S+1,) with S >= 1, got {tuple(sigmas.shape)}")
     levels = sigmas.detach().double().cpu()
     if levels[-1] != 0 or levels[0] > 1 or not bool((levels.diff() < 0).all()):
-        raise ValueError(
-            f"sigmas must decrease from at most 1 to 0, got {levels.tolist()}; pass the rollout's sigmas"
-        )
+        raise ValueError(f"sigmas must decrease from at most 1 to 0, got {levels.tolist()}; pass the rollout's sigmas")
     if not 0 < fraction <= 1:
         raise CRDError(f"timestep fraction must lie in (0, 1], got {fraction}; the published value is 0.99")
     steps = len(levels) - 1
     kept = math.floor(fraction * steps + 0.5)
     if kept < 1:
-        raise CRDError(
-            f"timestep fraction {fraction} keeps none of {steps} rollout steps; use {1 / steps:.3g} or more"
-        )
+        raise CRDError(f"timestep fraction {fraction} keeps none of {steps} rollout steps; use {1 / steps:.3g} or more")
     return levels[:kept]
 
 

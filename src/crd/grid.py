@@ -46,9 +46,7 @@ def draw_grid(rows: Sequence[GridRow], header: Sequence[str], cell: int = 112) -
     return sheet
 
 
-def _fit(
-    pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> str:
+def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     while len(text) > 1 and pen.textlength(text, font=font) > width:
         text = text[:-2] + "…"
     return text

@@ -60,17 +60,21 @@ def load_model(
     """
     path = Path(target)
     if is_run(path):
+        if base is not None:
+            raise CRDError(f"{target} is a run and names its own base model, got --base {base} too; leave it out")
         return _load_run(path, checkpoint, device)
+    if checkpoint != "last":
+        raise CRDError(f"--checkpoint {checkpoint} is for runs and {target} is none (it has no {CONFIG_FILE})")
     if (path / LORA_FILE).is_file():
         backbone = load_backbone(base or "tiny-sd3", device=device)
         snapshots = Snapshots(backbone.denoiser, "lora", read_lora_settings(path), roles=())
         load_lora(snapshots, path)
         return LoadedModel(backbone, snapshots, POLICY, None)
+    if base is not None:
+        raise CRDError(f"--base is for LoRA folders and {target} is none (it has no {LORA_FILE}); leave it out")
     backbone = load_backbone(target, device=device)
     # An untouched adapter costs nothing, and gives every model the same roles.
-    snapshots = Snapshots(
-        backbone.denoiser, "lora", LoraSettings(backbone.lora_targets, rank=1, alpha=1.0), roles=()
-    )
+    snapshots = Snapshots(backbone.denoiser, "lora", LoraSettings(backbone.lora_targets, rank=1, alpha=1.0), roles=())
     return LoadedModel(backbone, snapshots, ANCHOR, None)
 
 

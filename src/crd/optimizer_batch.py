@@ -83,10 +83,9 @@ class RowVelocities:
         image = self.rows.image_id[index]
         x0 = self.rollout.x0[image]
         seeds = [
-            derive_seed(*self.name, "noise", int(i), int(d))
-            for i, d in zip(image, self.rows.draw[index], strict=True)
+            derive_seed(*self.name, "noise", int(i), int(d)) for i, d in zip(image, self.rows.draw[index], strict=True)
         ]
-        noise = initial_noise(seeds, tuple(x0.shape[1:])).to(x0)
+        noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
         t = self.t[index].to(x0)
         x_t = interpolate(x0, noise, t)
         conditioning = self.rollout.conditioning.select(image).gather()
@@ -102,9 +101,7 @@ class RowVelocities:
         )
 
     @torch.no_grad()
-    def _references(
-        self, index: Tensor, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _references(self, index: Tensor, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
         key = (int(index[0]), len(index))
         if key in self._cached:
             return self._cached[key]

@@ -23,9 +23,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     return flat
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: list[str], flat: dict[str, Tensor]
-) -> None:
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], flat: dict[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`.
 
     Raises:
@@ -39,12 +37,12 @@ def load_optimizer_tensors(
     unknown = set(slots) - set(names)
     if unknown:
         raise CRDError(
-            f"optimizer state is for other parameters, got {min(unknown)!r}; resume with the same model and LoRA settings"
+            f"optimizer state is for other parameters, got {min(unknown)!r}; resume with the run's own model and LoRA"
         )
     for name, parameter in zip(names, group["params"], strict=True):
         if name in slots:
-            # `step` stays on the CPU, as torch.optim keeps it.
+            # `step` stays on the CPU, as torch.optim keeps it. Copies: tensors read from a file are views of it.
             optimizer.state[parameter] = {
-                slot: value if slot == "step" else value.to(parameter.device)
+                slot: value.to("cpu" if slot == "step" else parameter.device, copy=True)
                 for slot, value in slots[name].items()
             }

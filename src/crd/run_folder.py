@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crd.config import CRDConfig
+from crd.config import RESUMABLE, CRDConfig, load_config
 from crd.errors import CRDError
 from crd.evaluation import EvalResult
 from crd.grid import GridRow, draw_grid
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+GIVEN_IN_PYTHON = "(given in Python)"
 _SHEET = 12  # images on a sample sheet
 _PACKAGES = (
     "crd",
@@ -31,6 +35,27 @@ _PACKAGES = (
     "onnxruntime",
     "numpy",
 )
+
+
+def recorded_config(
+    config: CRDConfig, model: object, rewards: object, prompts: object, eval_prompts: object
+) -> CRDConfig:
+    """`config` with the trainer's arguments in place of the fields they replaced; None replaces nothing.
+
+    An object has no name that a later `crd train --resume` could load, and the record says so.
+    """
+    replaced: dict[str, Any] = {}
+    for field, value in (("model", model), ("prompts", prompts), ("eval_prompts", eval_prompts)):
+        if value is not None:
+            replaced[field] = _name(value)
+    if rewards is not None:
+        several = rewards if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [rewards]
+        replaced["rewards"] = tuple(_name(reward) for reward in several)
+    return dataclasses.replace(config, **replaced)
+
+
+def _name(value: object) -> str:
+    return str(value) if isinstance(value, str | Path) else GIVEN_IN_PYTHON
 
 
 class RunFolder:
@@ -50,30 +75,72 @@ class RunFolder:
             CRDError: the folder already holds a run or other files, or cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
+            if self.path.exists() and any(self.path.iterdir()):
                 raise CRDError(
-                    f"output folder {self.path} is not empty; choose another output_dir, or go on with --resume {self.path}"
+                    f"output folder {self.path} is not empty; choose another output_dir, or --resume {self.path}"
                 )
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CRDError(f"cannot make the run folder {self.path}: {error}; choose another output_dir") from error
+        try:
             (self.path / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
             self._write_json("environment.json", environment())
         except OSError as error:
-            raise CRDError(f"cannot write the run folder {self.path}: {error}") from error
+            self.remove()
+            raise CRDError(f"cannot write the run folder {self.path}: {error}; free space") from error
+
+    def check_same(self, config: CRDConfig) -> None:
+        """Refuse to go on with settings that would make it another run; where the run lies does not matter.
+
+        Raises:
+            CRDError: no run there, or a changed field that is not in `RESUMABLE`.
+        """
+        if not (self.path / CONFIG_FILE).is_file():
+            raise CRDError(f"no run to resume in {self.path} (it has no {CONFIG_FILE}); start a new one")
+        recorded = load_config(self.path / CONFIG_FILE)
+        for name, value in dataclasses.asdict(recorded).items():
+            now = config.__dict__[name]
+            if now != value and name not in RESUMABLE | {"output_dir"}:
+                raise CRDError(f"{name} cannot change in a resumed run: it was {value!r}, got {now!r}; set it back")
+
+    def remove(self) -> None:
+        """Delete what `create` and a start that came to nothing have left."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def save_samples(self, update: int, result: EvalResult) -> None:
-        """Sheet of the first images of an evaluation with their scores."""
+        """Sheet of the first images of an evaluation with their scores.
+
+        Raises:
+            CRDError: it cannot be written.
+        """
         count = min(_SHEET, len(result.images))
         captions = [
             f"{score:.2f} {prompt}"
             for score, prompt in zip(result.rewards.total[:count].tolist(), result.prompts, strict=False)
         ]
         folder = self.path / "samples"
-        folder.mkdir(exist_ok=True)
         row = GridRow(f"update {update}", result.images[:count], captions)
-        draw_grid([row], [""] * count).save(folder / f"update-{update:06d}.png")
+        with self._told_if_full():
+            folder.mkdir(exist_ok=True)
+            draw_grid([row], [""] * count).save(folder / f"update-{update:06d}.png")
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
-        self._write_json(SUMMARY_FILE, summary)
+        """Write summary.json.
+
+        Raises:
+            CRDError: it cannot be written.
+        """
+        with self._told_if_full():
+            self._write_json(SUMMARY_FILE, summary)
+
+    @contextmanager
+    def _told_if_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CRDError(
+                f"cannot write to the run folder {self.path}: {error}; free space and use --resume"
+            ) from error
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         temporary = self.path / f".{name}.tmp"

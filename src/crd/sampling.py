@@ -14,9 +14,7 @@ from crd.records import Conditioning
 SOLVERS = ("euler",)
 
 
-def initial_noise(
-    image_seed: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
-) -> Tensor:
+def initial_noise(image_seed: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Starting noise of B images; each depends on its own seed only, never on its neighbours.
 
     Args:
@@ -76,9 +74,7 @@ def sample(
         raise CRDError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
     total = len(image_seed)
     if total == 0 or len(conditioning) != total:
-        raise ValueError(
-            f"conditioning and image_seed must have equal length > 0, got {len(conditioning)}, {total}"
-        )
+        raise ValueError(f"conditioning and image_seed must have equal length > 0, got {len(conditioning)}, {total}")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
     rows_per_call = total if micro_batch is None else micro_batch

@@ -35,17 +35,11 @@ class RampDecay:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
-            raise CRDError(
-                f"decay needs 0 <= start <= end <= 1, got start={self.start}, end={self.end}; change one"
-            )
+            raise CRDError(f"decay needs 0 <= start <= end <= 1, got start={self.start}, end={self.end}; change one")
         if not self.slope >= 0:
-            raise CRDError(
-                f"decay slope must be at least 0, got {self.slope}; 0 keeps the decay at its start"
-            )
+            raise CRDError(f"decay slope must be at least 0, got {self.slope}; 0 keeps the decay at its start")
         if self.start_step < 0:
-            raise CRDError(
-                f"decay start_step must be at least 0, got {self.start_step}; 0 grows from the first step"
-            )
+            raise CRDError(f"decay start_step must be at least 0, got {self.start_step}; 0 grows from the first step")
 
     def decay(self, n: int) -> float:
         """Decay after `n` optimizer steps, n >= 0."""

@@ -275,9 +275,7 @@ def _inject(module: nn.Module, lora: LoraSettings, role: str) -> None:
             inject_adapter_in_model(config, module, adapter_name=role)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
-            raise CRDError(
-                f"cannot add LoRA to {type(module).__name__}: {reason}; check the LoRA targets"
-            ) from error
+            raise CRDError(f"cannot add LoRA to {type(module).__name__}: {reason}; check the LoRA targets") from error
 
 
 def _adapter_parameters(module: nn.Module, role: str) -> dict[str, nn.Parameter]:

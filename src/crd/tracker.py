@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +37,40 @@ class Tracker:
         resume_from: int | None = None,
     ) -> None:
         self.path = folder / METRICS_FILE
-        if resume_from is not None:
-            _drop_later(self.path, resume_from)
-        self._writer = (
-            SummaryWriter(
-                str(folder / "tensorboard"), purge_step=None if resume_from is None else resume_from + 1
-            )
-            if tensorboard
-            else None
-        )
+        purge = None if resume_from is None else resume_from + 1
+        try:
+            if resume_from is not None:
+                _drop_later(self.path, resume_from)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
+        except OSError as error:
+            raise CRDError(f"cannot write metrics to {folder}: {error}; free space") from error
         self._wandb = _start_wandb(folder, config) if wandb else None
 
     def log(self, update: int, kind: str, metrics: Mapping[str, float]) -> None:
-        """Record metrics of `kind` ("train", "eval") after `update` updates."""
+        """Record metrics of `kind` ("train", "eval") after `update` updates.
+
+        Raises:
+            CRDError: the disk is full or not writable.
+        """
         record = {"update": update, "kind": kind, **metrics}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
-        for name, value in metrics.items():
-            if self._writer is not None:
-                self._writer.add_scalar(f"{kind}/{name}", value, update)
+        try:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+            for name, value in metrics.items():
+                if self._writer is not None:
+                    self._writer.add_scalar(f"{kind}/{name}", value, update)
+        except OSError as error:
+            raise CRDError(
+                f"cannot write metrics to {self.path.parent}: {error}; free space and use --resume"
+            ) from error
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=update)
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            # A full disk has been told by `log` or by the checkpoint; metrics.jsonl holds the same numbers.
+            with suppress(OSError):
+                self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,18 +23,24 @@ from crd.engine import Engine
 from crd.errors import CRDError
 from crd.evaluation import EvalResult, SamplingSettings, draw, evaluate
 from crd.export import export_lora, export_pipeline
+from crd.flow import draw_timesteps
 from crd.loading import build_snapshots, checkpoint_number
 from crd.objectives import objective_class
 from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
 from crd.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from crd.records import RewardOutput, Rollout
 from crd.rewards import RewardFunction, RewardSet
-from crd.run_folder import RunFolder
+from crd.run_folder import RunFolder, recorded_config
 from crd.seeds import generator
 from crd.snapshots import ANCHOR, OLD, POLICY, SAMPLER
 from crd.tracker import Tracker, read_metrics
 
-RewardArgument = str | RewardFunction
+BEFORE_ALL = -1  # a resumed run that starts over keeps no record, not even the evaluation of update 0
+
+# Of an update's metrics, those a person watches in the terminal; objectives need not have them all.
+_SHOWN = ("reward", "implicit_reward_std", "reward_correlation", "kl", "gradient_norm")
+
+RewardArgument: TypeAlias = str | RewardFunction
 
 
 class CRDTrainer:
@@ -59,12 +66,11 @@ class CRDTrainer:
         eval_dataset: Prompts | None = None,
     ) -> None:
         self.args = config = args or CRDConfig()
+        self.recorded = recorded_config(config, model, reward_funcs, train_dataset, eval_dataset)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         funcs = config.rewards if reward_funcs is None else reward_funcs
-        self.rewards = RewardSet(
-            [funcs] if isinstance(funcs, str) or callable(funcs) else funcs, config.reward_weights
-        )
+        self.rewards = RewardSet([funcs] if isinstance(funcs, str) or callable(funcs) else funcs, config.reward_weights)
         self.train_data = load_prompts(config.prompts if train_dataset is None else train_dataset)
         held_out = config.eval_prompts if eval_dataset is None else eval_dataset
         self.eval_data = None if held_out is None else load_prompts(held_out)
@@ -74,31 +80,38 @@ class CRDTrainer:
                 self.rewards.check_prompts(dataset.prompts)
         self.engine = Engine(config.mixed_precision, config.device)
         source = config.model if model is None else model
-        self.backbone = (
-            source if isinstance(source, Backbone) else load_backbone(source, device=self.engine.device)
-        )
+        self.backbone = source if isinstance(source, Backbone) else load_backbone(source, device=self.engine.device)
         if config.gradient_checkpointing:
-            self.backbone.denoiser.enable_gradient_checkpointing()
-        self.snapshots = build_snapshots(
-            self.backbone, config, (OLD, SAMPLER) if config.decouple_sampler else (OLD,)
-        )
+            denoiser: Any = self.backbone.denoiser  # a diffusers model; nn.Module knows no such method
+            denoiser.enable_gradient_checkpointing()
+        self.snapshots = build_snapshots(self.backbone, config, (OLD, SAMPLER) if config.decouple_sampler else (OLD,))
         self.names = [name for name, _ in self.snapshots.named_parameters()]
-        self.optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.snapshots.parameters(),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
-        self.snapshots.wrapped, self.optimizer = self.engine.prepare(self.snapshots.module, self.optimizer)
+        self.snapshots.wrapped, self.optimizer = self.engine.prepare(self.snapshots.module, optimizer)
         self.objective = objective_class(config.objective)(config.objective_config())
         self.uncond = self.backbone.encode([""])
         self.sigmas = self.backbone.sigmas(config.rollout_steps, config.height, config.width)
+        self._refuse_early()
         self.folder = RunFolder(Path(config.output_dir))
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", config.keep_checkpoints)
         self.updates_done = 0
         self.optimizer_steps = 0
         self.images_drawn = 0
         self.seconds = 0.0
+
+    def _refuse_early(self) -> None:
+        """Settings that only the model can judge, before a run folder exists."""
+        config = self.args
+        self.backbone.latent_shape(config.height, config.width)
+        once = generator(config.seed)
+        draw_timesteps(
+            config.timesteps, self.sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once
+        )
 
     def train(self, resume: bool | int = False) -> dict[str, float]:
         """Run all updates; returns (and writes to summary.json) the held-out rewards before and after.
@@ -109,18 +122,32 @@ class CRDTrainer:
         Raises:
             CRDError: a broken scorer, a used output folder, a corrupt checkpoint, a failing reward, a full disk.
         """
-        config = self.args
         self.rewards.self_test()
         if resume is False:
-            self.folder.create(config)
+            self.folder.create(self.recorded)
         else:
-            self._load(checkpoint_number(self.checkpoints, "last" if resume is True else str(resume)))
+            self.folder.check_same(self.recorded)
+            # Interrupted before its first checkpoint, a run starts over.
+            if resume is not True or self.checkpoints.updates():
+                self._load(checkpoint_number(self.checkpoints, "last" if resume is True else str(resume)))
+        try:
+            self._run(None if resume is False else self.updates_done or BEFORE_ALL)
+            return self._summarise()
+        except CRDError:
+            # Nothing was learned: a folder that only blocks the next try helps nobody.
+            if resume is False and self.updates_done == 0:
+                self.folder.remove()
+            raise
+
+    def _run(self, resume_from: int | None) -> None:
+        """Evaluation before, then updates with their logging, evaluation and checkpoints."""
+        config = self.args
         tracker = Tracker(
             self.folder.path,
             tensorboard=config.tensorboard,
             wandb=config.wandb,
-            config=dataclasses.asdict(config),
-            resume_from=None if resume is False else self.updates_done,
+            config=dataclasses.asdict(self.recorded),
+            resume_from=resume_from,
         )
         try:
             if self.updates_done == 0:
@@ -133,7 +160,6 @@ class CRDTrainer:
                 tracker.log(self.updates_done, "train", {**metrics, "seconds": seconds})
                 self._print(metrics, seconds)
                 self._evaluate_and_save(tracker)
-            return self._summarise()
         finally:
             tracker.close()
 
@@ -145,9 +171,7 @@ class CRDTrainer:
         )
         batch = prompt_batch(self.train_data, indices, config.group_size, config.seed, "rollout", number)
         with self.snapshots.use(SAMPLER if config.decouple_sampler else OLD) as sampler:
-            rollout = draw(
-                self.backbone, sampler, self.engine, batch, self._rollout_settings(), self.uncond, "rollout"
-            )
+            rollout = draw(self.backbone, sampler, self.engine, batch, self._rollout_settings(), self.uncond, "rollout")
         rewards = self.rewards.score(rollout.images, batch.prompts, batch.columns)
         self.images_drawn += len(batch)
         metrics = self._optimize(rollout, rewards)
@@ -162,11 +186,11 @@ class CRDTrainer:
         config = self.args
         group_id = rollout.batch.group_id
         advantages = group_advantages(rewards.total, group_id, clip=config.advantage_clip)
-        gate = kl_gate(config.kl_gate, rewards.total, advantages.advantage, config.kl_reward_range)
+        # Without an anchor nothing reads the gate, so rewards need no range.
+        kind = config.kl_gate if config.kl_max > 0 else "constant"
+        gate = kl_gate(kind, rewards.total, advantages.advantage, config.kl_reward_range)
         draws = Draws(config.draws, config.timesteps, config.timestep_fraction, config.share_timesteps)
-        order = torch.randperm(
-            int(group_id.max()) + 1, generator=generator(config.seed, "groups", self.updates_done)
-        )
+        order = torch.randperm(int(group_id.max()) + 1, generator=generator(config.seed, "groups", self.updates_done))
         steps: list[dict[str, float]] = []
         for step, groups in enumerate(order.tensor_split(config.optimizer_steps)):
             images = torch.isin(group_id, groups).nonzero()[:, 0]
@@ -186,12 +210,8 @@ class CRDTrainer:
                 name=name,
             )
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(
-                    1.0, (self.optimizer_steps + 1) / (config.warmup_steps + 1)
-                )
-            found = self.engine.backward(
-                self.objective, velocities, rows.to(self.engine.device), config.micro_batch
-            )
+                group["lr"] = config.learning_rate * min(1.0, (self.optimizer_steps + 1) / (config.warmup_steps + 1))
+            found = self.engine.backward(self.objective, velocities, rows.to(self.engine.device), config.micro_batch)
             norm = self.engine.step(self.optimizer, self.snapshots.parameters(), config.max_grad_norm)
             self.optimizer_steps += 1
             steps.append({**found, "gradient_norm": norm})
@@ -217,9 +237,7 @@ class CRDTrainer:
         if self.eval_data is None:
             raise CRDError("no evaluation prompts; set eval_prompts or pass eval_dataset")
         config = self.args
-        settings = SamplingSettings(
-            config.eval_steps, guidance, config.rollout_batch, config.height, config.width
-        )
+        settings = SamplingSettings(config.eval_steps, guidance, config.rollout_batch, config.height, config.width)
         with self.snapshots.use(role) as denoiser:
             return evaluate(
                 self.backbone,
@@ -249,16 +267,15 @@ class CRDTrainer:
         """After an update: evaluation and checkpoint when due, and at the end."""
         config, done = self.args, self.updates_done
         final = done == config.updates
-        best = False
+        reward: float | None = None
         if final or (config.eval_every and done % config.eval_every == 0):
             reward = self._log_evaluation(tracker)
-            known = self.checkpoints.best()
-            best = reward is not None and (known is None or reward > known[1])
-            if best:
-                self._save()
-                self.checkpoints.mark_best(done, reward)
-        if not best and (final or (config.save_every and done % config.save_every == 0)):
+        known = self.checkpoints.best()
+        best = reward is not None and (known is None or reward > known[1])
+        if best or final or (config.save_every and done % config.save_every == 0):
             self._save()
+        if best and reward is not None:
+            self.checkpoints.mark_best(done, reward)
 
     def _log_evaluation(self, tracker: Tracker) -> float | None:
         """Held-out reward of the policy, logged; None without evaluation prompts."""
@@ -296,12 +313,9 @@ class CRDTrainer:
         return summary
 
     def _print(self, metrics: dict[str, float], seconds: float) -> None:
-        console.print(
-            f"update {self.updates_done}/{self.args.updates}  reward {metrics['reward']:.3f}  "
-            f"R std {metrics['implicit_reward_std']:.4f}  corr {metrics['reward_correlation']:.2f}  "
-            f"KL {metrics.get('kl', 0.0):.4f}  {seconds:.1f} s",
-            highlight=False,
-        )
+        shown = {name: metrics[name] for name in _SHOWN if name in metrics}
+        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+        console.print(f"update {self.updates_done}/{self.args.updates}  {numbers}  {seconds:.1f} s", highlight=False)
 
     def _save(self) -> None:
         roles = (POLICY, *self.snapshots.roles)

@@ -102,11 +102,7 @@ def _load_pipeline(source: str | Path, dtype: torch.dtype) -> Any:
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, **absent)
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise a dozen types here
-        hint = (
-            "check the id and the connection"
-            if isinstance(source, str)
-            else "the folder is damaged or incomplete"
-        )
+        hint = "check the id and the connection" if isinstance(source, str) else "the folder is damaged or incomplete"
         reason = next(iter(str(error).strip().splitlines()), "")
         raise CRDError(f"cannot load {source}: {type(error).__name__}: {reason}; {hint}") from error
 
@@ -115,9 +111,7 @@ def _read_index(folder: Path) -> dict[str, object]:
     """`model_index.json` of a local pipeline, checked before gigabytes are read."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise CRDError(
-            f"{folder} is not a diffusers pipeline: it has no model_index.json; give the pipeline's folder"
-        )
+        raise CRDError(f"{folder} is not a diffusers pipeline: it has no model_index.json; give the pipeline's folder")
     content = _read_json(index)
     if not isinstance(content.get("_class_name"), str):
         raise CRDError(f"{index} names no _class_name; give a folder written by save_pretrained")

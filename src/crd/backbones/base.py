@@ -40,9 +40,7 @@ class Backbone(ABC):
         """Conditioning of P prompts: name -> (P, ...), detached; "" is the unconditional prompt."""
 
     @abstractmethod
-    def velocity(
-        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]
-    ) -> Tensor:
+    def velocity(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Predicted `noise - x0`: x_t (N, C, H, W), t (N,), conditioning name -> (N, ...); float32 result."""
 
     @abstractmethod
@@ -98,9 +96,7 @@ def guided_velocity(
     for name, positive in cond.items():
         negative = uncond[name]
         if len(negative) not in (1, rows):
-            raise ValueError(
-                f"uncond[{name!r}] must have 1 or {rows} rows, got {len(negative)}; encode '' once"
-            )
+            raise ValueError(f"uncond[{name!r}] must have 1 or {rows} rows, got {len(negative)}; encode '' once")
         negative = negative.to(positive.device, positive.dtype).expand(rows, *negative.shape[1:])
         both[name] = torch.cat([negative, positive])
     v_both = backbone.velocity(denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)

@@ -58,9 +58,7 @@ class SD3Backbone(Backbone):
     ) -> None:
         _check_pipeline(pipeline)
         if not 0 <= max_sequence_length <= 512:
-            raise CRDError(
-                f"max_sequence_length must lie in 0..512, got {max_sequence_length}; stock SD3 uses 256"
-            )
+            raise CRDError(f"max_sequence_length must lie in 0..512, got {max_sequence_length}; stock SD3 uses 256")
         self.pipeline: Any = pipeline
         if device is not None:
             self.pipeline.to(device)
@@ -85,9 +83,7 @@ class SD3Backbone(Backbone):
         largest = config.pos_embed_max_size * multiple
         for name, pixels in (("height", height), ("width", width)):
             if pixels <= 0 or pixels % multiple:
-                raise CRDError(
-                    f"{name} must be a positive multiple of {multiple} for this model, got {pixels}"
-                )
+                raise CRDError(f"{name} must be a positive multiple of {multiple} for this model, got {pixels}")
             if pixels > largest:
                 raise CRDError(f"{name} must be at most {largest} for this model, got {pixels}")
         return config.in_channels, height // scale, width // scale
@@ -112,9 +108,7 @@ class SD3Backbone(Backbone):
             pooled.append(pooled_embeds)
         return {"prompt_embeds": torch.cat(embeds), "pooled_prompt_embeds": torch.cat(pooled)}
 
-    def velocity(
-        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]
-    ) -> Tensor:
+    def velocity(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Predicted `noise - x0`; the transformer is asked at `timestep = t * num_train_timesteps`.
 
         Args:
@@ -164,9 +158,7 @@ class SD3Backbone(Backbone):
         patch = self.pipeline.transformer.config.patch_size
         tokens = (latent_height // patch) * (latent_width // patch)
         config = self.pipeline.scheduler.config
-        slope = (config.max_shift - config.base_shift) / (
-            config.max_image_seq_len - config.base_image_seq_len
-        )
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return config.base_shift + slope * (tokens - config.base_image_seq_len)
 
     def settings(self) -> dict[str, int]:
@@ -204,6 +196,4 @@ def _check_pipeline(pipeline: Any) -> None:
         )
     for option in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config[option]:
-            raise CRDError(
-                f"the scheduler option {option}=True is not supported; set it to false in its config"
-            )
+            raise CRDError(f"the scheduler option {option}=True is not supported; set it to false in its config")

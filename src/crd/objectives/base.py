@@ -33,9 +33,7 @@ class DenoiserOutputs:
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} must be {tuple(shape)} as policy, got {tuple(tensor.shape)}")
         if self.policy.ndim < 2 or self.t.shape != shape[:1]:
-            raise ValueError(
-                f"policy must be (N, ...) and t (N,), got {tuple(shape)} and {tuple(self.t.shape)}"
-            )
+            raise ValueError(f"policy must be (N, ...) and t (N,), got {tuple(shape)} and {tuple(self.t.shape)}")
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ class RowLayout:
             _pair_index(rows.group_id, rows.image_id),
         )
         if int(_pair_index(image, rows.draw).max()) + 1 != len(rows):
-            raise ValueError(
-                "rows must hold each (group_id, image_id, draw) once, got a repeated one; drop it"
-            )
+            raise ValueError("rows must hold each (group_id, image_id, draw) once, got a repeated one; drop it")
         # Log Z(c) cancels only in complete sets: every image of the group at every draw.
         group = torch.unique(rows.group_id, return_inverse=True)[1]
         images_of_group = torch.zeros_like(group)

@@ -62,9 +62,7 @@ class CRDObjectiveConfig:
         }
         for name, value in chosen.items():
             if value not in OPTIONS[name]:
-                raise CRDError(
-                    f"{name} must be one of {', '.join(OPTIONS[name])}, got {value!r}; choose one of them"
-                )
+                raise CRDError(f"{name} must be one of {', '.join(OPTIONS[name])}, got {value!r}; choose one of them")
         for name, number in (("beta", self.beta), ("tau", self.tau), ("loss_scale", self.loss_scale)):
             if not number > 0:
                 raise CRDError(f"{name} must be above 0, got {number}; raise it")
@@ -117,15 +115,11 @@ def implicit_reward(v_policy: Tensor, v_old: Tensor, v_target: Tensor, t: Tensor
     """
     error_policy, error_old = _error(v_policy, v_target), _error(v_old, v_target)
     if weighting == "adaptive":
-        return error_old.square().mean(1) / _scale(error_old) - error_policy.square().mean(1) / _scale(
-            error_policy
-        )
+        return error_old.square().mean(1) / _scale(error_old) - error_policy.square().mean(1) / _scale(error_policy)
     if weighting == "unit":
         return error_old.square().mean(1) - error_policy.square().mean(1)
     if weighting != "likelihood":
-        raise CRDError(
-            f"weighting must be one of {', '.join(OPTIONS['weighting'])}, got {weighting!r}; choose one"
-        )
+        raise CRDError(f"weighting must be one of {', '.join(OPTIONS['weighting'])}, got {weighting!r}; choose one")
     t = t.double()
     if not bool(((t > 0) & (t <= 1)).all()):
         raise ValueError(f"likelihood weighting needs t in (0, 1], got {t.min().item()} to {t.max().item()}")
@@ -152,12 +146,8 @@ class CRD:
         if outputs.old is None:
             raise CRDError("crd needs the velocity of `old`, got None; keep an old snapshot")
         if outputs.anchor is None and self.config.kl_max > 0:
-            raise CRDError(
-                f"kl_max={self.config.kl_max} needs an anchor velocity, got None; pass it or set kl_max=0"
-            )
-        reward = implicit_reward(
-            outputs.policy, outputs.old, outputs.target, outputs.t, self.config.weighting
-        )
+            raise CRDError(f"kl_max={self.config.kl_max} needs an anchor velocity, got None; pass it or set kl_max=0")
+        reward = implicit_reward(outputs.policy, outputs.old, outputs.target, outputs.t, self.config.weighting)
         if outputs.anchor is None:
             return {"implicit_reward": reward}
         return {"implicit_reward": reward, "kl": _error(outputs.policy, outputs.anchor).square().mean(1)}
@@ -210,9 +200,7 @@ class CRD:
         a = center(rows.advantage.double(), layout.centering_set, weights)
         x_other = None
         if cfg.residual == "leave_one_out":
-            x_other = cfg.beta * center(
-                layout.mean_of_other_draws(reward.double()), layout.centering_set, weights
-            )
+            x_other = cfg.beta * center(layout.mean_of_other_draws(reward.double()), layout.centering_set, weights)
         policy = (_policy_rows(x, x_other, a, cfg.form) * rows.has_signal).mean()
         loss = cfg.loss_scale / cfg.beta * policy
         metrics = _policy_metrics(policy, reward, x, a, rows.has_signal)
@@ -221,9 +209,7 @@ class CRD:
             metrics["squared_loss_unbiased"] = unbiased.mean().item()
         if cfg.kl_max > 0:
             if "kl" not in terms:
-                raise CRDError(
-                    f"kl_max={cfg.kl_max} needs the term `kl`, got none; pass an anchor or set kl_max=0"
-                )
+                raise CRDError(f"kl_max={cfg.kl_max} needs the term `kl`, got none; pass an anchor or set kl_max=0")
             strength = cfg.kl_min + (cfg.kl_max - cfg.kl_min) * rows.kl_gate.double()
             kl_loss = (strength * terms["kl"].double()).mean()
             loss = loss + kl_loss
@@ -265,9 +251,7 @@ def _policy_rows(x: Tensor, x_other: Tensor | None, a: Tensor, form: str) -> Ten
 
 
 @torch.no_grad()
-def _policy_metrics(
-    policy: Tensor, reward: Tensor, x: Tensor, a: Tensor, has_signal: Tensor
-) -> dict[str, float]:
+def _policy_metrics(policy: Tensor, reward: Tensor, x: Tensor, a: Tensor, has_signal: Tensor) -> dict[str, float]:
     x, a = x[has_signal], a[has_signal]
     norm = (x.square().sum() * a.square().sum()).sqrt()
     return {

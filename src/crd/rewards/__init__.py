@@ -1,5 +1,5 @@
 """Rewards: images, prompts and dataset columns in; one score per image out. No reward knows training."""
 
-from crd.rewards.base import RewardSet, WeightedReward, resolve
+from crd.rewards.base import RewardFunction, RewardSet, WeightedReward, resolve
 
-__all__ = ["RewardSet", "WeightedReward", "resolve"]
+__all__ = ["RewardFunction", "RewardSet", "WeightedReward", "resolve"]

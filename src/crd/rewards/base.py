@@ -5,6 +5,7 @@ its signature names (all of them if it takes `**columns`). It returns B numbers,
 "does not apply to this image". It may also carry
 
 - `score_range = (low, high)`: a score outside is an error, and it is the scale a report may draw;
+- `check_prompts(prompts)`: called when prompts are loaded; raises `CRDError` for one it cannot score;
 - `self_test()`: called before step 0; raises `CRDError` if the scorer is broken; may return sample scores,
   which must then differ.
 
@@ -39,6 +40,11 @@ class _SelfTesting(Protocol):
 
 
 @runtime_checkable
+class _PromptChecking(Protocol):
+    def check_prompts(self, prompts: Sequence[str]) -> None: ...
+
+
+@runtime_checkable
 class _Ranged(Protocol):
     score_range: tuple[float, float]
 
@@ -61,7 +67,8 @@ class RewardSet:
     """Several rewards as one: `total_i = Σ_j weight_j score_ij` over the rewards j that apply to image i.
 
     Args:
-        functions: names of bundled rewards (`"ocr"`), `"module.path:function"` strings, or callables.
+        functions: names of bundled rewards (`"ocr"`), `"module.path:function"` strings, or callables;
+                one of them may stand alone.
         weights: one finite number per reward; None = 1 each. A weight of 0 logs a reward, no more.
 
     Raises:
@@ -70,7 +77,9 @@ class RewardSet:
     """
 
     def __init__(
-        self, functions: Sequence[str | RewardFunction], weights: Sequence[float] | None = None
+        self,
+        functions: str | RewardFunction | Sequence[str | RewardFunction],
+        weights: Sequence[float] | None = None,
     ) -> None:
         if isinstance(functions, str) or callable(functions):
             functions = [functions]
@@ -78,14 +87,10 @@ class RewardSet:
             raise CRDError("no reward given; name at least one, for example `ocr`")
         chosen = [1.0] * len(functions) if weights is None else [float(weight) for weight in weights]
         if len(chosen) != len(functions):
-            raise CRDError(
-                f"reward weights must be one per reward ({len(functions)}), got {len(chosen)}; match them"
-            )
+            raise CRDError(f"reward weights must be one per reward ({len(functions)}), got {len(chosen)}; match them")
         if not any(chosen):
             raise CRDError("all reward weights are 0; give at least one reward a weight")
-        self.rewards = tuple(
-            _weighted(function, weight) for function, weight in zip(functions, chosen, strict=True)
-        )
+        self.rewards = tuple(_weighted(function, weight) for function, weight in zip(functions, chosen, strict=True))
         self._uses = tuple(column_use(reward.name, reward.function) for reward in self.rewards)
         names = [reward.name for reward in self.rewards]
         for name in names:
@@ -104,6 +109,16 @@ class RewardSet:
         columns = list(available)
         for use in self._uses:
             use.check(columns)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse, at load time, a prompt that some reward cannot score.
+
+        Raises:
+            CRDError: from the reward's own `check_prompts`, naming the prompt.
+        """
+        for reward in self.rewards:
+            if isinstance(reward.function, _PromptChecking):
+                reward.function.check_prompts(prompts)
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -205,9 +220,7 @@ def _check_score(reward: WeightedReward, index: int, score: float | None, prompt
     if not math.isfinite(score):
         raise CRDError(f"{where} is {score}; return a finite number, or None if it does not apply")
     if reward.range is not None and not reward.range[0] <= score <= reward.range[1]:
-        raise CRDError(
-            f"{where} must lie in {list(reward.range)}, got {score}; fix the reward or its score_range"
-        )
+        raise CRDError(f"{where} must lie in {list(reward.range)}, got {score}; fix the reward or its score_range")
 
 
 def _one_line(error: Exception) -> str:

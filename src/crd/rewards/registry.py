@@ -22,8 +22,8 @@ def resolve(reward: str | Callable[..., Any]) -> Callable[..., Any]:
     """The callable that a reward's name stands for; a callable stands for itself.
 
     Args:
-        reward: a registered name (`"ocr"`), `"module.path:function"` (the working directory is searched last), or
-            a callable. A class, named or given, is called without arguments.
+        reward: a registered name (`"ocr"`), `"module.path:function"` (the working directory is searched
+            last), or a callable. A class, named or given, is called without arguments.
 
     Raises:
         CRDError: unknown name (lists the names and the nearest), module or attribute not found, not callable.

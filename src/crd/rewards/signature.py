@@ -14,7 +14,7 @@ from crd.errors import CRDError
 
 @dataclass(frozen=True)
 class ColumnUse:
-    """Columns one reward takes: `required` must exist, `optional` may, `everything` stands for `**columns`."""
+    """Columns one reward takes: `required` must exist, `optional` may, `everything` means `**columns`."""
 
     reward: str
     required: tuple[str, ...]
@@ -32,11 +32,7 @@ class ColumnUse:
             if name not in columns:
                 there = ", ".join(columns) if columns else "none"
                 near = difflib.get_close_matches(name, columns, n=1)
-                hint = (
-                    f"did you mean {near[0]!r}?"
-                    if near
-                    else "add it to the dataset or give the parameter a default"
-                )
+                hint = f"did you mean {near[0]!r}?" if near else "add it to the dataset or give the parameter a default"
                 raise CRDError(
                     f"reward {self.reward!r} needs the dataset column {name!r}, got columns: {there}; {hint}"
                 )
@@ -62,20 +58,14 @@ def column_use(reward: str, function: Callable[..., Any]) -> ColumnUse:
     swallows = any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters)
     if len(positional) < 2 and not swallows:
         shown = ", ".join(str(parameter) for parameter in parameters)
-        raise CRDError(
-            f"reward {reward!r} must take (images, prompts, ...) by position, got ({shown}); add them"
-        )
+        raise CRDError(f"reward {reward!r} must take (images, prompts, ...) by position, got ({shown}); add them")
     first_two = tuple(parameter.name for parameter in positional[:2])
     if first_two == ("prompts", "images"):
-        raise CRDError(
-            f"reward {reward!r} takes (prompts, images); the order is (images, prompts), swap them"
-        )
+        raise CRDError(f"reward {reward!r} takes (prompts, images); the order is (images, prompts), swap them")
     named = positional[2:] + [p for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
     unnamed = [p.name for p in named if p.kind is Parameter.POSITIONAL_ONLY]
     if unnamed:
-        raise CRDError(
-            f"reward {reward!r}: columns arrive by name, {unnamed[0]!r} is positional-only; move the `/`"
-        )
+        raise CRDError(f"reward {reward!r}: columns arrive by name, {unnamed[0]!r} is positional-only; move the `/`")
     return ColumnUse(
         reward,
         required=tuple(p.name for p in named if p.default is Parameter.empty),

@@ -42,9 +42,7 @@ def _from_array(reward: str, result: torch.Tensor | np.ndarray, count: int) -> l
         raise CRDError(f"scores of reward {reward!r} must be (B,)=({count},), got {shape}; {hint}")
     if isinstance(result, torch.Tensor):
         if result.is_complex():
-            raise CRDError(
-                f"scores of reward {reward!r} must be real, got {result.dtype}; return real numbers"
-            )
+            raise CRDError(f"scores of reward {reward!r} must be real, got {result.dtype}; return real numbers")
         return [float(value) for value in result.detach().to("cpu", torch.float64).reshape(-1)]
     return [_number(reward, index, value) for index, value in enumerate(result.reshape(-1).tolist())]
 

@@ -8,6 +8,8 @@ out at no loss; `crd` does so, because its tokens would be most of the compute a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -150,9 +152,7 @@ def build_pipeline(seed: int) -> StableDiffusion3Pipeline:
     )
 
 
-def encode_captions(
-    pipe: StableDiffusion3Pipeline, captions: list[str], t5_length: int
-) -> tuple[Tensor, Tensor]:
+def encode_captions(pipe: Any, captions: list[str], t5_length: int) -> tuple[Tensor, Tensor]:
     """What `pipe.encode_prompt` computes, with gradient: joint (B, L, D) and pooled (B, D') embeddings."""
     device = pipe.transformer.device
     hidden, pooled = [], []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from crd.rewards.ocr import OCRReward
@@ -15,7 +15,7 @@ from crd.tiny.vocabulary import prompts as world_prompts
 
 @torch.no_grad()
 def sample_images(
-    pipe: StableDiffusion3Pipeline,
+    pipe: Any,
     captions: list[str],
     guidance_scale: float,
     steps: int = 10,
@@ -42,7 +42,7 @@ def sample_images(
 
 
 def evaluate_pipeline(
-    pipe: StableDiffusion3Pipeline, prompts: int, guidance_scales: tuple[float, ...], grid: Path | None = None
+    pipe: Any, prompts: int, guidance_scales: tuple[float, ...], grid: Path | None = None
 ) -> dict[str, float]:
     """Mean OCR reward on `prompts` held-out captions at each guidance scale, as `reward_cfg_<scale>`."""
     captions = world_prompts("test", prompts)

@@ -18,6 +18,7 @@ import os
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,28 +37,21 @@ from crd.tiny.render import LEVELS, Level, Scene, random_scene, render
 
 CAPTION_DROPOUT = 0.12
 VAE_CROP = 32
+# Of the batches of the cooldown: T5 tokens are most of the compute of a step that has them.
 T5_PRESENT = 0.05
 T5_LENGTHS = (32, 64, 256)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m crd.tiny.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--work", type=Path, default=Path("pretrain"), help="folder of states, log and the pipeline"
-    )
-    parser.add_argument(
-        "--images", type=int, default=600_000, help="training images of the transformer, in all"
-    )
+    parser.add_argument("--work", type=Path, default=Path("pretrain"), help="folder of states, log and the pipeline")
+    parser.add_argument("--images", type=int, default=600_000, help="training images of the transformer, in all")
     parser.add_argument("--vae-images", type=int, default=120_000, help="training images of the VAE, in all")
-    parser.add_argument(
-        "--cooldown", type=int, default=100_000, help="last images, over which the lr falls to 0"
-    )
+    parser.add_argument("--cooldown", type=int, default=100_000, help="last images, over which the lr falls to 0")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument(
-        "--climb-at", type=float, default=0.3, help="held-out reward at which the curriculum climbs"
-    )
+    parser.add_argument("--climb-at", type=float, default=0.3, help="held-out reward at which the curriculum climbs")
     parser.add_argument("--top-level", type=int, default=len(LEVELS) - 1)
     parser.add_argument("--eval-every", type=int, default=40_000, help="images between two evaluations")
     parser.add_argument("--save-every", type=int, default=20_000, help="images between two saved states")
@@ -76,15 +70,49 @@ def draw_batch(rng: np.random.Generator, size: int, level: Level) -> tuple[Tenso
     return images, [scene.caption() for scene in scenes]
 
 
+def build_optimizers(
+    parameters: dict[str, nn.Parameter], args: argparse.Namespace
+) -> dict[str, tuple[torch.optim.Optimizer, list[str]]]:
+    """Muon for the matrices inside transformer blocks, AdamW for all else; each with its parameters' names.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the update is scaled to
+    AdamW's size, so that both share one learning rate (Liu et al. 2025, arXiv 2502.16982).
+    """
+    matrices = [n for n, p in parameters.items() if p.ndim == 2 and (".transformer_blocks." in n or ".layers." in n)]
+    rest = [n for n in parameters if n not in set(matrices)]
+    found: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {
+        "adamw": (
+            torch.optim.AdamW([parameters[n] for n in rest], lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01),
+            rest,
+        )
+    }
+    if matrices:
+        muon = torch.optim.Muon(
+            [parameters[n] for n in matrices], lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        )
+        found["muon"] = (muon, matrices)
+    return found
+
+
 class State:
     """What is kept on disk of one stage: modules, optimizer, moving average, counters; safetensors and JSON only."""
 
-    def __init__(self, folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        self.folder, self.modules, self.optimizer = folder, modules, optimizer
+    def __init__(self, folder: Path, modules: dict[str, nn.Module], args: argparse.Namespace) -> None:
+        self.folder, self.modules = folder, modules
         self.names = [f"{m}.{n}" for m, module in modules.items() for n, _ in module.named_parameters()]
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizers = build_optimizers(dict(zip(self.names, self.parameters, strict=True)), args)
         self.counters: dict[str, float] = {"images": 0, "seconds": 0.0, "level": 0}
+
+    def step(self, lr: float) -> None:
+        """Clip, step every optimizer at `lr`, clear."""
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer, _ in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
 
     def update_average(self, decay: float) -> None:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
@@ -99,13 +127,11 @@ class State:
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"weight:{n}": p.detach().cpu().contiguous()
-            for n, p in zip(self.names, self.parameters, strict=True)
+            f"weight:{n}": p.detach().cpu().contiguous() for n, p in zip(self.names, self.parameters, strict=True)
         }
-        tensors |= {
-            f"average:{n}": a.cpu().contiguous() for n, a in zip(self.names, self.average, strict=True)
-        }
-        tensors |= {f"optimizer:{k}": v for k, v in optimizer_tensors(self.optimizer, self.names).items()}
+        tensors |= {f"average:{n}": a.cpu().contiguous() for n, a in zip(self.names, self.average, strict=True)}
+        for kind, (optimizer, names) in self.optimizers.items():
+            tensors |= {f"{kind}:{k}": v for k, v in optimizer_tensors(optimizer, names).items()}
         temporary = self.folder / "state.tmp"
         save_file(tensors, temporary, metadata={"counters": json.dumps(self.counters)})
         os.replace(temporary, self.folder / "state.safetensors")
@@ -121,8 +147,9 @@ class State:
         for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
             parameter.data.copy_(tensors[f"weight:{name}"])
             average.copy_(tensors[f"average:{name}"])
-        flat = {k.removeprefix("optimizer:"): v for k, v in tensors.items() if k.startswith("optimizer:")}
-        load_optimizer_tensors(self.optimizer, self.names, flat)
+        for kind, (optimizer, names) in self.optimizers.items():
+            flat = {k.removeprefix(f"{kind}:"): v for k, v in tensors.items() if k.startswith(f"{kind}:")}
+            load_optimizer_tensors(optimizer, names, flat)
         return True
 
 
@@ -136,12 +163,10 @@ def learning_rate(args: argparse.Namespace, images: int, total: int) -> float:
     return args.lr * warm * cool
 
 
-def train_vae(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None:
+def train_vae(args: argparse.Namespace, pipe: Any) -> None:
     """L1 plus edge reconstruction and a light KL; ends by measuring the latent scale and shift."""
     vae = pipe.vae.to(memory_format=torch.channels_last)
-    state = State(
-        args.work / "vae", {"vae": vae}, torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99))
-    )
+    state = State(args.work / "vae", {"vae": vae}, args)
     state.load()
     started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
     while images < args.vae_images:
@@ -159,12 +184,8 @@ def train_vae(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None:
         edges = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3))
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         loss = difference.abs().mean() + 0.5 * edges + 2e-3 * kl
-        for group in state.optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (args.vae_images - images) / (0.3 * args.vae_images) + 1e-3)
-        state.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        state.optimizer.step()
+        state.step(args.lr * min(1.0, (args.vae_images - images) / (0.3 * args.vae_images) + 1e-3))
         images += args.batch
         if images % (args.batch * 100) < args.batch:
             seconds = time.time() - started
@@ -175,16 +196,14 @@ def train_vae(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None:
             state.save()
     with torch.no_grad():
         pixels, _ = draw_batch(np.random.default_rng((args.seed, 2)), 512, LEVELS[-1])
-        latents = torch.cat(
-            [vae.encode(p.to(args.device)).latent_dist.mean.float() for p in pixels.split(64)]
-        )
+        latents = torch.cat([vae.encode(p.to(args.device)).latent_dist.mean.float() for p in pixels.split(64)])
     vae.register_to_config(
         scaling_factor=round(1.0 / latents.std().item(), 5), shift_factor=round(latents.mean().item(), 5)
     )
     vae.eval().requires_grad_(False)
 
 
-def train_flow(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None:
+def train_flow(args: argparse.Namespace, pipe: Any) -> None:
     """Flow matching of transformer and text encoders on the frozen VAE's latents."""
     modules: dict[str, nn.Module] = {
         "transformer": pipe.transformer,
@@ -192,12 +211,7 @@ def train_flow(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None
         "text_encoder_2": pipe.text_encoder_2,
         "text_encoder_3": pipe.text_encoder_3,
     }
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    state = State(
-        args.work / "flow",
-        modules,
-        torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01),
-    )
+    state = State(args.work / "flow", modules, args)
     state.load()
     fast = torch.compile(pipe.transformer) if args.compile else pipe.transformer
     started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
@@ -209,11 +223,10 @@ def train_flow(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + images)
         pixels, captions = draw_batch(rng, args.batch, LEVELS[int(state.counters["level"])])
         captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
-        t5_length = int(rng.choice(T5_LENGTHS)) if rng.random() < T5_PRESENT else 0
+        with_t5 = images >= args.images - args.cooldown and rng.random() < T5_PRESENT
+        t5_length = int(rng.choice(T5_LENGTHS)) if with_t5 else 0
         with torch.no_grad(), autocast(args):
-            latents = pipe.vae.encode(
-                pixels.to(args.device, memory_format=torch.channels_last)
-            ).latent_dist.mean
+            latents = pipe.vae.encode(pixels.to(args.device, memory_format=torch.channels_last)).latent_dist.mean
         x0 = (latents.float() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         t = torch.sigmoid(torch.randn(len(x0), generator=generator)).to(x0)
@@ -230,12 +243,8 @@ def train_flow(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None
                 return_dict=False,
             )[0]
         loss = F.mse_loss(velocity.float(), velocity_target(x0, noise))
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(args, images, args.images)
-        state.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        state.optimizer.step()
+        state.step(learning_rate(args, images, args.images))
         images += args.batch
         state.update_average(min(args.ema, 1 - 10 / (images / args.batch + 10)))
         running = loss.item() if math.isclose(running, 0.0) else 0.98 * running + 0.02 * loss.item()
@@ -252,9 +261,7 @@ def train_flow(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None
             )
         if images % args.eval_every < args.batch or images >= args.images:
             state.swap_average()
-            scores = evaluate_pipeline(
-                pipe, prompts=64, guidance_scales=(1.0, 3.0), grid=args.work / "grid.png"
-            )
+            scores = evaluate_pipeline(pipe, prompts=64, guidance_scales=(1.0, 3.0), grid=args.work / "grid.png")
             save_pipeline(pipe, args.work / "pipeline")
             state.swap_average()
             log(args, {"stage": "eval", **scores, **state.counters})
@@ -264,11 +271,11 @@ def train_flow(args: argparse.Namespace, pipe: StableDiffusion3Pipeline) -> None
             state.save()
 
 
-def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+def save_pipeline(pipe: Any, folder: Path) -> None:
     """The diffusers folder in float16 (half the size; stock from_pretrained reads it back as float32)."""
     half = copy.deepcopy({name: getattr(pipe, name) for name in
                           ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")})  # fmt: skip
-    shipped = StableDiffusion3Pipeline(
+    shipped: Any = StableDiffusion3Pipeline(
         **{name: module.to(torch.float16) for name, module in half.items()},
         scheduler=pipe.scheduler,
         tokenizer=pipe.tokenizer,
@@ -289,7 +296,8 @@ def log(args: argparse.Namespace, record: dict[str, object]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    pipe = build_pipeline(args.seed).to(args.device)
+    pipe: Any = build_pipeline(args.seed)
+    pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     train_vae(args, pipe)
     train_flow(args, pipe)

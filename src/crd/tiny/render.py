@@ -61,15 +61,15 @@ class Level:
     fonts: int
     inks: int
     jitter: int
-    scale: tuple[float, float]
+    scales: tuple[float, ...]
     letters: tuple[int, ...]
 
 
 LEVELS = (
-    Level(fonts=1, inks=1, jitter=0, scale=(1.0, 1.0), letters=(3, 4, 5)),
-    Level(fonts=2, inks=1, jitter=1, scale=(0.95, 1.0), letters=(3, 4, 5)),
-    Level(fonts=4, inks=2, jitter=3, scale=(0.88, 1.0), letters=(3, 4, 5)),
-    Level(fonts=8, inks=3, jitter=5, scale=(0.8, 1.0), letters=(3, 4, 5, 6)),
+    Level(fonts=1, inks=1, jitter=0, scales=(1.0,), letters=(3, 4, 5)),
+    Level(fonts=2, inks=1, jitter=1, scales=(0.95, 1.0), letters=(3, 4, 5)),
+    Level(fonts=4, inks=2, jitter=3, scales=(0.88, 0.92, 0.96, 1.0), letters=(3, 4, 5)),
+    Level(fonts=8, inks=3, jitter=5, scales=(0.8, 0.85, 0.9, 0.95, 1.0), letters=(3, 4, 5, 6)),
 )
 
 
@@ -99,11 +99,16 @@ def font_path(index: int) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
+def _face(font: int, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(font_path(font)), size)
+
+
+@lru_cache(maxsize=16384)
 def _letter_mask(font: int, letter: str, cell: float, height: float) -> np.ndarray:
     """Coverage (h, w) in [0, 1] of one letter, squeezed to fit a cell; supersampled four times."""
     factor = 4
-    face = ImageFont.truetype(str(font_path(font)), round(height * factor / 0.72))
+    face = _face(font, round(height * factor / 0.72))
     left, top, right, bottom = face.getbbox(letter)
     image = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
     ImageDraw.Draw(image).text((-left, -top), letter, font=face, fill=255)
@@ -149,9 +154,7 @@ def _texture(theme: str, rng: np.random.Generator) -> np.ndarray:
         mix = (y + x * np.cos(phase)) / (2 * SIZE)
     ground = low + (high - low) * mix[..., None]
     if theme == "road":
-        border = (np.minimum(np.minimum(x, y), np.minimum(SIZE - 1 - x, SIZE - 1 - y)) - 2.5).astype(
-            np.float32
-        )
+        border = (np.minimum(np.minimum(x, y), np.minimum(SIZE - 1 - x, SIZE - 1 - y)) - 2.5).astype(np.float32)
         ground[np.abs(border) < 1] = (30, 26, 18)
     noise = rng.normal(0.0, 3.0, (SIZE // 4, SIZE // 4)).astype(np.float32).repeat(4, 0).repeat(4, 1)
     return ground + noise[..., None]
@@ -196,6 +199,6 @@ def random_scene(rng: np.random.Generator, level: Level) -> Scene:
         font=int(rng.integers(level.fonts)),
         ink=int(rng.integers(level.inks)),
         shift=(0, int(rng.integers(-level.jitter, level.jitter + 1))),
-        scale=float(rng.uniform(*level.scale)),
+        scale=level.scales[rng.integers(len(level.scales))],
         texture_seed=int(rng.integers(2**31)),
     )

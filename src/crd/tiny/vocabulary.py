@@ -23,12 +23,19 @@ THEMES = {
 JOINTS = ("that says", "with the word", "reading")
 
 # Lower-case words that are one token each; everything else is spelled out, letter by letter. Upper-case
-# letters are always spelled out. The second block is for the compositional scenes of the same world.
+# letters are always spelled out. `_SCENE_WORDS` are for compositional scenes of the same world.
+_SCENE_WORDS = """
+photo of and left right above below two three four red orange yellow green blue purple pink brown black white gray
+one the in on at person people bicycle bicycles car cars motorcycle airplane airplanes bus buses train truck boat
+boats traffic light fire hydrant stop parking meter bench benches bird birds cat cats dog dogs horse horses sheep cow
+cows elephant bear zebra giraffe backpack umbrella umbrellas handbag tie suitcase frisbee skis snowboard sports ball
+balls kite kites baseball bat glove skateboard surfboard tennis racket bottle bottles wine glass cup cups fork knife
+spoon bowl bowls banana bananas apple apples sandwich oranges broccoli carrot carrots hot pizza pizzas donut donuts
+cake chair chairs couch potted plant bed dining table toilet tv laptop computer mouse remote keyboard cell phone
+microwave oven toaster sink refrigerator book books clock clocks vase scissors teddy hair drier toothbrush
+"""
 TOKEN_WORDS = sorted(
-    {word for phrase in (*THEMES.values(), *JOINTS) for word in phrase.split()}
-    | set(
-        ["photo", "of", "and", "left", "right", "above", "below", "two", "three", "four", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray", "one", "the", "in", "on", "at", "person", "people", "bicycle", "bicycles", "car", "cars", "motorcycle", "airplane", "airplanes", "bus", "buses", "train", "truck", "boat", "boats", "traffic", "light", "fire", "hydrant", "stop", "parking", "meter", "bench", "benches", "bird", "birds", "cat", "cats", "dog", "dogs", "horse", "horses", "sheep", "cow", "cows", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "umbrellas", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports", "ball", "balls", "kite", "kites", "baseball", "bat", "glove", "skateboard", "surfboard", "tennis", "racket", "bottle", "bottles", "wine", "glass", "cup", "cups", "fork", "knife", "spoon", "bowl", "bowls", "banana", "bananas", "apple", "apples", "sandwich", "oranges", "broccoli", "carrot", "carrots", "hot", "pizza", "pizzas", "donut", "donuts", "cake", "chair", "chairs", "couch", "potted", "plant", "bed", "dining", "table", "toilet", "tv", "laptop", "computer", "mouse", "remote", "keyboard", "cell", "phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "books", "clock", "clocks", "vase", "scissors", "teddy", "hair", "drier", "toothbrush"]
-    )
+    {word for phrase in (*THEMES.values(), *JOINTS) for word in phrase.split()} | set(_SCENE_WORDS.split())
 )
 
 

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crd.config import RESUMABLE, CRDConfig, config_from, load_config, recipes
+from crd.errors import CRDError
+
+
+def test_defaults_are_the_published_settings() -> None:
+    config = CRDConfig()
+    published = {
+        "group_size": 24, "prompts_per_update": 48, "optimizer_steps": 2, "beta": 1.0, "learning_rate": 3e-4,
+        "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 1e-4, "max_grad_norm": 1.0, "lora_rank": 32,
+        "lora_alpha": 64.0, "rollout_steps": 10, "rollout_guidance": 1.0, "eval_steps": 40,
+        "timestep_fraction": 0.99, "anchor_guidance": 4.5, "kl_min": 1e-4, "kl_max": 0.1, "residual": "per_draw",
+    }  # fmt: skip
+    assert {name: config.__dict__[name] for name in published} == published
+    assert [config.old_schedule().decay(n) for n in (0, 10, 1000)] == [0.25, 0.3, 0.999]
+    assert [config.sampler_schedule().decay(n) for n in (75, 175, 1000)] == [0.0, 0.75, 0.999]
+
+
+@pytest.mark.parametrize("recipe", [None, *recipes()])
+def test_resolved_yaml_gives_the_same_config(recipe: str | None, tmp_path: Path) -> None:
+    config = load_config(recipe, {"eval_base_guidance": "1,4.5", "lora_targets": "to_q", "seed": 3})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+    assert config.eval_base_guidance == (1.0, 4.5)
+    assert config.lora_targets == ("to_q",)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("updates", "3", 3),
+        ("learning_rate", "1e-4", 1e-4),
+        ("beta", "2", 2.0),
+        ("decouple_sampler", "false", False),
+        ("rewards", "ocr,my.module:score", ("ocr", "my.module:score")),
+        ("rewards", "ocr", ("ocr",)),
+        ("rewards", "[ocr, a:b]", ("ocr", "a:b")),
+        ("reward_weights", "1,0.5", (1.0, 0.5)),
+        ("reward_weights", "2", (2.0,)),
+        ("reward_weights", "none", None),
+        ("kl_reward_range", "[0, 2]", (0.0, 2.0)),
+        ("eval_prompts", "none", None),
+        ("eval_prompts", "null", None),
+        ("output_dir", "123", "123"),
+        ("output_dir", "a: [b", "a: [b"),
+        ("height", "64", 64),
+        ("height", "none", None),
+        ("group-size", "5", 5),
+    ],
+)
+def test_command_line_text_becomes_the_type_of_the_field(field: str, text: str, value: Any) -> None:
+    assert config_from({field: text}).__dict__[field.replace("-", "_")] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("learnig_rate", "learning_rate"), ("groupsize", "group_size"), ("kl-maxx", "kl_max")]
+)
+def test_unknown_key_names_the_nearest(key: str, nearest: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{key}: 1\n")
+    with pytest.raises(CRDError, match=f"unknown configuration key '{key}'; did you mean '{nearest}'"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("updates", 0), ("updates", 1.5), ("updates", "many"), ("updates", True), ("updates", None),
+        ("beta", 0), ("beta", "nan"), ("beta", [1]), ("group_size", 1), ("optimizer_steps", 49),
+        ("decouple_sampler", "maybe"), ("decouple_sampler", 1), ("kl_gate", "sometimes"), ("timesteps", "all"),
+        ("finetune", "qlora"), ("mixed_precision", "int8"), ("residual", "twice"), ("weighting", "none"),
+        ("kl_reward_range", [1, 0]), ("kl_reward_range", [0]), ("kl_min", 0.2), ("kl_max", -1), ("old_start", 1.5),
+        ("sampler_slope", -0.1), ("adam_beta1", 1.0), ("adam_beta2", -0.1), ("weight_decay", -1), ("threads", 0),
+        ("lora_alpha", 0), ("advantage_clip", 0), ("warmup_steps", -1), ("reward_weights", "1,two"),
+        ("updates", "[1"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(CRDError) as error:
+        config_from({field: value})
+    name = field.removeprefix("old_").removeprefix("sampler_") if field in ("old_start", "sampler_slope") else field
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_leave_one_out_needs_two_draws() -> None:
+    with pytest.raises(CRDError, match="draws"):
+        CRDConfig(residual="leave_one_out", draws=1)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words", "a: [1\n", "1: 2\n"])
+def test_files_that_are_no_settings(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(CRDError, match=r"run\.yaml") as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_names_the_recipes() -> None:
+    with pytest.raises(CRDError, match=r"no configuration at nowhere\.yaml"):
+        load_config("nowhere.yaml")
+    assert recipes()  # so that the message above has something to name
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("beta: 3\nupdates: 7\n")
+    config = load_config(path, {"updates": "9"})
+    assert (config.beta, config.updates) == (3.0, 9)
+
+
+def test_frozen_and_resumable_fields_exist() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CRDConfig().beta = 2.0  # type: ignore[misc]
+    assert {field.name for field in dataclasses.fields(CRDConfig)} >= RESUMABLE

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crd.data import PromptDataset, epoch_order, load_prompts, prompt_batch
+from crd.errors import CRDError
+from crd.tiny.vocabulary import is_test_word
+
+
+def test_text_files_hold_a_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text('  a "cat"\n\nthe dög \n', encoding="utf-8")
+    assert load_prompts(path) == PromptDataset(('a "cat"', "the dög"), {})
+
+
+def test_jsonl_columns_keep_their_values(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    records = [{"prompt": "a", "target": {"n": 1}}, {"prompt": "b", "target": None}]
+    path.write_text("\n\n".join(json.dumps(record) for record in records))
+    dataset = load_prompts(str(path))
+    assert dataset.prompts == ("a", "b")
+    assert dataset.columns == {"target": ({"n": 1}, None)}
+    assert load_prompts(records) == dataset
+    assert load_prompts(dataset) is dataset
+
+
+def test_world_prompts_have_quoted_words_of_their_split() -> None:
+    for split in ("train", "test"):
+        dataset = load_prompts(f"world:{split}:40")
+        assert len(dataset) == 40
+        assert all(is_test_word(prompt.split('"')[1]) == (split == "test") for prompt in dataset.prompts)
+    assert load_prompts("world:train") == load_prompts("world:train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", "holds no prompts"),
+        ("p.csv", "a\n", "are .txt or .jsonl"),
+        ("p.jsonl", "{", "line 1 is not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n\n["b"]', "line 3 must be an object"),
+        ("p.jsonl", '{"prompt": 3}', 'string "prompt"'),
+        ("p.jsonl", '{"prompt": "a", "x": 1}\n{"prompt": "b"}', "record 2 lacks 'x'"),
+    ],
+)
+def test_files_that_do_not_fit(name: str, text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(CRDError, match=message) as error:
+        load_prompts(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.txt", "no prompt file at nowhere.txt"),
+        ("world:valid", "world:test:COUNT"),
+        ("world:test:0", "world:test:COUNT"),
+        ("world:test:1:2", "world:test:COUNT"),
+        ([], "no prompts"),
+        ([1], "record 1"),
+        ([{"prompt": "a"}, {"text": "b"}], "record 2"),
+        ([{"prompt": None}], "record 1"),
+    ],
+)
+def test_sources_that_do_not_fit(source: Any, message: str) -> None:
+    with pytest.raises(CRDError, match=message):
+        load_prompts(source)
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(CRDError, match="not UTF-8"):
+        load_prompts(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 7), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 3))
+def test_order_does_not_depend_on_how_the_stream_is_cut(size: int, cuts: list[int], seed: int) -> None:
+    taken: list[int] = []
+    for count in cuts:
+        taken += epoch_order(size, len(taken), count, seed)
+    assert taken == epoch_order(size, 0, sum(cuts), seed)
+    for start in range(0, len(taken) - size + 1, size):
+        assert sorted(taken[start : start + size]) == list(range(size))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = epoch_order(50, 0, 100, seed=0)
+    assert order[:50] != order[50:]
+    assert order != epoch_order(50, 0, 100, seed=1)
+
+
+def test_batch_groups_images_and_repeats_columns() -> None:
+    dataset = load_prompts([{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}])
+    # The same prompt twice in one update is two groups: each is complete on its own.
+    batch = prompt_batch(dataset, [1, 0, 1], 2, 0, "rollout", 5)
+    assert batch.prompts == ["b", "b", "a", "a", "b", "b"]
+    assert batch.columns == {"n": [2, 2, 1, 1, 2, 2]}
+    assert batch.group_id.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(set(batch.image_seed)) == 6
+    assert prompt_batch(dataset, [1, 0, 1], 2, 0, "rollout", 5).image_seed == batch.image_seed
+    assert set(prompt_batch(dataset, [1, 0, 1], 2, 0, "rollout", 6).image_seed).isdisjoint(batch.image_seed)

@@ -1,0 +1,188 @@
+"""An interrupted run that goes on is the run that was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from crd.checkpoint import CheckpointFolder
+from crd.cli import main
+from crd.config import CRDConfig, load_config
+from crd.errors import CRDError
+from crd.trainer import CRDTrainer
+
+ROLES = ("policy", "old", "sampler", "optimizer")
+
+
+def weights(run: Path, update: int) -> dict[str, dict[str, torch.Tensor]]:
+    folder = run / "checkpoints" / f"update-{update:06d}"
+    # From bytes, not from the file: `load_file` gives views of a file that tests overwrite.
+    return {path.stem: load(path.read_bytes()) for path in folder.glob("*.safetensors")}
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(got: Path, wanted: Path, update: int) -> None:
+    assert records(got) == records(wanted)
+    mine, theirs = weights(got, update), weights(wanted, update)
+    assert mine.keys() == theirs.keys() == set(ROLES)
+    for stem, tensors in theirs.items():
+        assert mine[stem].keys() == tensors.keys()
+        assert all(torch.equal(mine[stem][name], tensor) for name, tensor in tensors.items()), stem
+    # Three roles that hold the same numbers would hide a role that was not restored.
+    for a, b in (("policy", "old"), ("policy", "sampler"), ("old", "sampler")):
+        assert any(not torch.equal(theirs[a][name], theirs[b][name]) for name in theirs[a])
+
+
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_three_and_three_updates_are_six(finetune: str, config: CRDConfig, tmp_path: Path) -> None:
+    straight = tmp_path / "straight"
+    six = replace(
+        config, finetune=finetune, updates=6, eval_every=3, save_every=3, warmup_steps=8, output_dir=str(straight)
+    )
+    CRDTrainer(args=six).train()
+    parts = tmp_path / "parts"
+    CRDTrainer(args=replace(six, updates=3, output_dir=str(parts))).train()
+    resumed = CRDTrainer(args=replace(six, output_dir=str(parts)))
+    summary = resumed.train(resume=True)
+    assert_same_run(parts, straight, 6)
+    wanted = json.loads((straight / "summary.json").read_text())
+    assert {**summary, "seconds": 0} == {**wanted, "seconds": 0}
+    assert (summary["updates"], summary["steps"], summary["images"]) == (6, 12, 48)
+
+
+def test_one_snapshot_for_both_resumes_too(config: CRDConfig, tmp_path: Path) -> None:
+    four = replace(
+        config, decouple_sampler=False, updates=4, eval_prompts=None, save_every=2, output_dir=str(tmp_path / "a")
+    )
+    CRDTrainer(args=four).train()
+    other = replace(four, output_dir=str(tmp_path / "b"))
+    CRDTrainer(args=replace(other, updates=2)).train()
+    CRDTrainer(args=other).train(resume=True)
+    mine, theirs = weights(tmp_path / "b", 4), weights(tmp_path / "a", 4)
+    assert mine.keys() == theirs.keys() == {"policy", "old", "optimizer"}
+    assert all(torch.equal(mine[stem][name], t) for stem in theirs for name, t in theirs[stem].items())
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+
+
+def test_killed_in_the_middle(config: CRDConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """kill -9 in update 4 of a real `crd train`; the last checkpoint is that of update 2, its metrics run on to 3."""
+    killed = replace(
+        config,
+        rewards=("reward_functions:killed",),
+        updates=5,
+        save_every=2,
+        tensorboard=True,
+        output_dir=str(tmp_path / "killed"),
+    )
+    (tmp_path / "run.yaml").write_text(killed.to_yaml())
+    # Calls of the reward: one evaluation, then one an update.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DIE_AT_CALL": "5"}
+    process = subprocess.run(
+        [sys.executable, "-m", "crd", "train", str(tmp_path / "run.yaml")],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert process.stderr == ""
+    assert [record["update"] for record in records(tmp_path / "killed")] == [0, 1, 2, 3]
+    os.environ["DIE_AT_CALL"] = "0"
+    try:
+        assert main(["train", "--resume", str(tmp_path / "killed")]) == 0, capsys.readouterr().err
+        straight = replace(killed, output_dir=str(tmp_path / "straight"))
+        CRDTrainer(args=straight).train()
+    finally:
+        del os.environ["DIE_AT_CALL"]
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", 5)
+
+
+def test_killed_before_the_first_checkpoint_starts_over(config: CRDConfig, tmp_path: Path) -> None:
+    CRDTrainer(args=config).train()
+    interrupted = tmp_path / "interrupted"
+    trainer = CRDTrainer(args=replace(config, output_dir=str(interrupted)))
+    trainer.folder.create(trainer.recorded)
+    (interrupted / "metrics.jsonl").write_text('{"update": 0, "kind": "eval", "reward": 7.0}\n{"update": 1, "ki')
+    assert main(["train", "--resume", str(interrupted)]) == 0
+    assert_same_run(interrupted, Path(config.output_dir), 2)
+
+
+def test_a_corrupt_checkpoint_and_the_way_back(config: CRDConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(config.output_dir)
+    CRDTrainer(args=replace(config, updates=3, save_every=1, eval_prompts=None)).train()
+    wanted_weights, wanted_records = weights(run, 3), records(run)
+    broken = run / "checkpoints" / "update-000003"
+    (broken / "old.safetensors").write_bytes(b"x")
+    assert main(["train", "--resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    earlier = run / "checkpoints" / "update-000002"
+    assert f"--resume {earlier}" in error
+    assert records(run) == wanted_records  # a refused resume changes nothing
+    assert main(["train", "--resume", str(earlier)]) == 0
+    assert all(torch.equal(weights(run, 3)[s][n], t) for s in wanted_weights for n, t in wanted_weights[s].items())
+    assert records(run) == wanted_records
+
+
+def test_a_finished_run_resumes_to_its_summary(config: CRDConfig) -> None:
+    first = CRDTrainer(args=config).train()
+    again = CRDTrainer(args=config).train(resume=True)
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beta", "2"], "beta cannot change in a resumed run"),
+        (["--output-dir", "elsewhere"], "output_dir cannot change"),
+        (["--betta", "2"], "did you mean 'beta'"),
+        (["--updates", "0"], "updates must be above 0"),
+        (["--config", "other.yaml"], "run's own configuration"),
+    ],
+)
+def test_resume_refuses_another_run(
+    finished_run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished_run / "metrics.jsonl").read_text()
+    assert main(["train", "--resume", str(finished_run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (finished_run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("change", [{"beta": 2.0}, {"model": "elsewhere"}, {"seed": 5}])
+def test_the_python_api_refuses_another_run(finished_run: Path, model_folder: Path, change: dict[str, Any]) -> None:
+    config = replace(load_config(finished_run / "config.yaml"), **change)
+    model = f"{model_folder}/" if "model" in change else None  # the same model under another name
+    trainer = CRDTrainer(model=model, args=config)
+    with pytest.raises(CRDError, match=f"{next(iter(change))} cannot change in a resumed run"):
+        trainer.train(resume=True)
+
+
+def test_a_moved_run_goes_on_where_it_lies(config: CRDConfig, tmp_path: Path) -> None:
+    CRDTrainer(args=config).train()
+    moved = tmp_path / "moved"
+    Path(config.output_dir).rename(moved)
+    assert main(["train", "--resume", str(moved), "--updates", "3"]) == 0
+    assert CheckpointFolder(moved / "checkpoints", keep=2).updates() == [2, 3]
+    assert not Path(config.output_dir).exists()
+
+
+def test_no_run_there(tmp_path: Path, config: CRDConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "needs a run folder" in capsys.readouterr().err
+    with pytest.raises(CRDError, match="no run to resume"):
+        CRDTrainer(args=config).train(resume=True)
+    assert not Path(config.output_dir).exists()
