@@ -20,7 +20,7 @@ from crd.flow import TIMESTEP_MODES
 from crd.objectives.crd import CRDObjectiveConfig
 from crd.schedules import RampDecay
 
-MIXED_PRECISION = ("no", "bf16", "fp16")
+MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
 
 # What a resumed run may change: everything else would make it another run.
 RESUMABLE = frozenset({

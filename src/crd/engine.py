@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from crd.errors import CRDError
+from crd.memory import keep_freed_memory
 from crd.objectives.base import DenoiserOutputs, Objective, Rows
 
 Forward = Callable[[Tensor], DenoiserOutputs]  # row indices (n,) -> velocities of those rows, with gradient
@@ -19,7 +20,7 @@ class Engine:
     """Device, precision and gradient steps of one run.
 
     Args:
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it fast, else no.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -34,6 +35,10 @@ class Engine:
         cpu = device == "cpu" or not torch.cuda.is_available()
         if mixed_precision == "fp16" and cpu:
             raise CRDError("mixed_precision=fp16 needs a GPU; use bf16 or no")
+        if cpu:
+            keep_freed_memory()
+        if mixed_precision == "auto":
+            mixed_precision = "bf16" if _fast_bf16(cpu) else "no"
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
         if self.accelerator.num_processes > 1:
             raise CRDError(f"training runs in one process so far, got {self.accelerator.num_processes}; launch one")
@@ -106,6 +111,13 @@ class Engine:
         optimizer.step()
         optimizer.zero_grad()
         return norm
+
+
+def _fast_bf16(cpu: bool) -> bool:
+    """Whether bfloat16 products have their own instructions here (AMX tiles on a CPU)."""
+    if not cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _check_finite(loss: Tensor) -> None:

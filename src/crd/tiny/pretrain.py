@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crd.flow import interpolate, velocity_target
+from crd.memory import keep_freed_memory
 from crd.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from crd.tiny.architecture import build_pipeline, encode_captions
 from crd.tiny.evaluation import evaluate_pipeline
@@ -53,6 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--climb-at", type=float, default=0.3, help="held-out reward at which the curriculum climbs")
     parser.add_argument("--top-level", type=int, default=len(LEVELS) - 1)
+    parser.add_argument("--start-level", type=int, default=0, help="enter the curriculum at this level or above")
     parser.add_argument("--eval-every", type=int, default=40_000, help="images between two evaluations")
     parser.add_argument("--save-every", type=int, default=20_000, help="images between two saved states")
     parser.add_argument("--seed", type=int, default=0)
@@ -213,6 +215,7 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
     }
     state = State(args.work / "flow", modules, args)
     state.load()
+    state.counters["level"] = max(int(state.counters["level"]), args.start_level)
     fast = torch.compile(pipe.transformer) if args.compile else pipe.transformer
     started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
     running = 0.0
@@ -296,6 +299,8 @@ def log(args: argparse.Namespace, record: dict[str, object]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.device == "cpu":
+        keep_freed_memory()
     pipe: Any = build_pipeline(args.seed)
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
 """The bundled world's renderer: 64 x 64 pictures of words on textured grounds, with their captions.
 
 A `Level` says how much varies. Level 0 is narrow (one font, letters in fixed cells, no jitter); each next level
-adds fonts, sizes, positions, inks and longer words. Training climbs the levels, evaluation uses the words alone.
+adds fonts, sizes, positions, inks, colors and longer words. Training climbs the levels; captions never tell them.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Level:
     jitter: int
     scales: tuple[float, ...]
     letters: tuple[int, ...]
+    tint: float = 0.0  # ground and ink are multiplied, channel by channel, by factors in 1 +- tint
 
 
 LEVELS = (
@@ -70,6 +71,7 @@ LEVELS = (
     Level(fonts=2, inks=1, jitter=1, scales=(0.95, 1.0), letters=(3, 4, 5)),
     Level(fonts=4, inks=2, jitter=3, scales=(0.88, 0.92, 0.96, 1.0), letters=(3, 4, 5)),
     Level(fonts=8, inks=3, jitter=5, scales=(0.8, 0.85, 0.9, 0.95, 1.0), letters=(3, 4, 5, 6)),
+    Level(fonts=8, inks=3, jitter=8, scales=(0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), letters=(3, 4, 5, 6), tint=0.25),
 )
 
 
@@ -85,6 +87,8 @@ class Scene:
     shift: tuple[int, int] = (0, 0)
     scale: float = 1.0
     texture_seed: int = 0
+    ground_tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    ink_tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def caption(self) -> str:
         return caption(self.theme, self.joint, self.word)
@@ -162,9 +166,11 @@ def _texture(theme: str, rng: np.random.Generator) -> np.ndarray:
 
 def render(scene: Scene) -> np.ndarray:
     """Picture (64, 64, 3) uint8 of a scene."""
-    ground = _texture(scene.theme, np.random.default_rng(scene.texture_seed))
+    ground = _texture(scene.theme, np.random.default_rng(scene.texture_seed)) * np.array(scene.ground_tint, np.float32)
     mask = word_mask(scene)[..., None]
-    ink = np.array(INK[scene.theme][scene.ink % len(INK[scene.theme])], np.float32)
+    ink = np.array(INK[scene.theme][scene.ink % len(INK[scene.theme])], np.float32) * np.array(
+        scene.ink_tint, np.float32
+    )
     if scene.theme == "neon":
         soft = mask[..., 0]
         for axis in (0, 1):
@@ -190,6 +196,11 @@ def random_word(rng: np.random.Generator, letters: tuple[int, ...]) -> str:
             return word
 
 
+def _tint(rng: np.random.Generator, width: float) -> tuple[float, float, float]:
+    red, green, blue = rng.uniform(1 - width, 1 + width, 3)
+    return float(red), float(green), float(blue)
+
+
 def random_scene(rng: np.random.Generator, level: Level) -> Scene:
     """A training scene at `level`."""
     return Scene(
@@ -201,4 +212,6 @@ def random_scene(rng: np.random.Generator, level: Level) -> Scene:
         shift=(0, int(rng.integers(-level.jitter, level.jitter + 1))),
         scale=level.scales[rng.integers(len(level.scales))],
         texture_seed=int(rng.integers(2**31)),
+        ground_tint=_tint(rng, level.tint),
+        ink_tint=_tint(rng, level.tint),
     )
