@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
@@ -17,7 +16,6 @@ from crd.sampling import sample
 from crd.tiny.vocabulary import prompts, words_of
 
 FOLDER = Path(str(importlib.resources.files("crd"))) / "tiny" / "model"
-bundled = pytest.mark.skipif(not (FOLDER / "model_index.json").is_file(), reason="the bundled model is not trained yet")
 
 
 def test_no_test_word_is_a_training_word() -> None:
@@ -28,14 +26,12 @@ def test_no_test_word_is_a_training_word() -> None:
         assert {prompt.split('"')[1] for prompt in prompts(split, 300)} <= words
 
 
-@bundled
 def test_it_is_small_and_says_that_it_needs_no_t5() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 25 * 2**20
     assert json.loads((FOLDER / "crd.json").read_text()) == {"max_sequence_length": 0}
     assert load_backbone("tiny-sd3").settings() == {"max_sequence_length": 0}
 
 
-@bundled
 def test_stock_diffusers_loads_it_and_draws() -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
@@ -44,7 +40,6 @@ def test_stock_diffusers_loads_it_and_draws() -> None:
     assert np.asarray(image).std() > 5
 
 
-@bundled
 def test_a_word_matters_to_the_picture() -> None:
     backbone = load_backbone("tiny-sd3")
     captions = ['a blue banner reading "HELLO"', 'a blue banner reading "WORLD"']

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,3 +182,90 @@ def test_optimizer_state_goes_on_as_if_never_stopped() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(CRDError, match="other parameters, got 'x'"):
         load_optimizer_tensors(restored, ["z", "y"], flat)
+
+
+def test_going_back_forgets_what_came_after(folder: CheckpointFolder) -> None:
+    rewards = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.9}
+    wide = CheckpointFolder(folder.folder, keep=4)
+    for update in rewards:
+        wide.save(update, checkpoint(float(update)))
+    wide.mark_best(4, rewards[4])
+    wide.forget_after(3, rewards)
+    assert (wide.updates(), wide.best()) == ([1, 2, 3], (2, 0.4))  # the best of those that are left
+    wide.forget_after(2, rewards)
+    assert (wide.updates(), wide.best()) == ([1, 2], (2, 0.4))  # and a mark that holds stays
+    wide.forget_after(1, {})
+    assert (wide.updates(), wide.best()) == ([1], None)
+
+
+def test_what_was_just_saved_is_kept(folder: CheckpointFolder) -> None:
+    """Even below newer numbers."""
+    for update in (7, 8):
+        folder.save(update, checkpoint(float(update)))
+    folder.save(3, checkpoint(3.0))
+    assert folder.updates() == [3, 7, 8]
+    assert_equal(folder.load(3), checkpoint(3.0))
+
+
+def test_replacing_never_leaves_a_moment_without_a_checkpoint(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.save(1, checkpoint(1.0))
+    rename = os.replace
+    moments: list[bool] = []
+
+    def watched(source: str | Path, target: str | Path) -> None:
+        rename(source, target)
+        whole = [path.parent for path in folder.folder.glob("*/policy.safetensors")]
+        moments.append(any(path.name in ("update-000001", ".replaced-update-000001") for path in whole))
+
+    monkeypatch.setattr("crd.checkpoint.os.replace", watched)
+    folder.save(1, checkpoint(9.0))
+    assert moments == [True, True]
+    assert_equal(folder.load(1), checkpoint(9.0))
+    assert [path.name for path in folder.folder.iterdir()] == ["update-000001"]
+
+    def full(source: str | Path, target: str | Path) -> None:
+        if Path(source).name.startswith(".saving-"):
+            raise OSError("no room")
+        rename(source, target)
+
+    monkeypatch.setattr("crd.checkpoint.os.replace", full)
+    with pytest.raises(CRDError, match="no room"):
+        folder.save(1, checkpoint(5.0))
+    assert_equal(folder.load(1), checkpoint(9.0))
+
+
+def test_sweep_mends_an_interrupted_save(folder: CheckpointFolder) -> None:
+    folder.save(1, checkpoint(1.0))
+    folder.save(2, checkpoint(2.0))
+    (folder.folder / ".saving-abc").mkdir()
+    (folder.folder / ".saving-abc" / "policy.safetensors").write_bytes(b"half")
+    folder.path(2).rename(folder.folder / ".replaced-update-000002")  # killed between the two renames
+    (folder.folder / ".replaced-update-000001").mkdir()  # killed before the old one was removed
+    folder.sweep()
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["update-000001", "update-000002"]
+    assert_equal(folder.load(1), checkpoint(1.0))
+    assert_equal(folder.load(2), checkpoint(2.0))
+
+
+def test_a_full_disk_at_the_record_of_the_best(folder: CheckpointFolder) -> None:
+    folder.save(1, checkpoint(1.0))
+    with file_size_limit(0), pytest.raises(CRDError, match=r"cannot write .*best\.json"):
+        folder.mark_best(1, 0.5)
+
+
+def test_an_old_checkpoint_that_cannot_be_dropped(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for update in (1, 2):
+        folder.save(update, checkpoint(float(update)))
+
+    def denied(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(f"not yours: {path}")
+
+    monkeypatch.setattr("crd.checkpoint.shutil.rmtree", denied)
+    with pytest.raises(CRDError, match=r"cannot drop an old checkpoint: not yours.*update-000003 is saved"):
+        folder.save(3, checkpoint(3.0))
+    monkeypatch.undo()
+    assert_equal(folder.load(3), checkpoint(3.0))
+    assert folder.updates() == [2, 3]  # half deleted is no checkpoint

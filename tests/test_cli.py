@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import file_size_limit
 
 from crd.checkpoint import CheckpointFolder
-from crd.cli import main
-from crd.config import CRDConfig, load_config
+from crd.cli import _thread_excepthook, main
+from crd.config import CRDConfig
+from crd.config_io import load_config
 from crd.data import load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
@@ -29,6 +30,7 @@ from crd.evaluation import SamplingSettings, draw
 from crd.loading import load_model
 from crd.sampling import initial_noise
 from crd.snapshots import ANCHOR
+from crd.trainer import CRDTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +257,57 @@ def test_eval_scores_base_and_trained(finished_run: Path, prompt_file: Path, tmp
     once = [*reward[:2], "--prompts", str(prompt_file), "--out", str(out)]
     assert main(["eval", str(finished_run), *once]) == 0
     assert json.loads(out.read_text())[1]["reward"] == pytest.approx(last["reward"], abs=1e-6)
+
+
+def test_eval_takes_seed_and_precision_of_the_run(
+    config: CRDConfig, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = CRDTrainer(args=replace(config, seed=5, updates=1)).train()
+    run, out = config.output_dir, tmp_path / "result.json"
+    evaluate = ["eval", run, "--reward", "reward_functions:brightness", "--prompts", str(prompt_file)]
+    rewards = []
+    for seed in ([], ["--seed", "5"], ["--seed", "0"]):
+        assert main([*evaluate, *seed, "--out", str(out)]) == 0
+        rewards.append(json.loads(out.read_text())[1]["reward"])
+    assert rewards[0] == rewards[1] == pytest.approx(summary["reward_after"], abs=1e-6)
+    assert rewards[2] != rewards[0]
+    sheets = []
+    for seed in ([], ["--seed", "5"], ["--seed", "0"]):
+        assert main(["sample", run, "--prompt", "a", "--out", str(tmp_path / "sheet.png"), *seed]) == 0
+        sheets.append((tmp_path / "sheet.png").read_bytes())
+    assert sheets[0] == sheets[1] != sheets[2]
+    # This process runs without autocast, so an engine of the run's precision is refused.
+    record = Path(run) / "config.yaml"
+    record.write_text(record.read_text().replace("mixed_precision: 'no'", "mixed_precision: bf16"))
+    assert "already runs at mixed_precision=no" in refused(evaluate, capsys)
+
+
+def test_a_run_of_a_pipeline_object_needs_its_base(
+    config: CRDConfig, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(config.model)
+    CRDTrainer(pipeline, args=replace(config, updates=1, eval_prompts=None)).train()
+    export = ["export", config.output_dir, "--out", str(tmp_path / "lora")]
+    assert "name its model with --base MODEL" in refused(export, capsys)
+    assert main([*export, "--base", config.model]) == 0
+    assert (tmp_path / "lora").is_dir()
+    sample = ["sample", config.output_dir, "--prompt", "a", "--out", str(tmp_path / "sheet.png")]
+    assert main([*sample, "--base", config.model]) == 0
+    line = refused(["export", str(finished_run), "--out", str(tmp_path / "other"), "--base", config.model], capsys)
+    assert "names its own base model" in line
+
+
+def test_threads_of_others_may_fail_aloud(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(threading, "excepthook", _thread_excepthook)
+    for error in (ValueError("a bug"), OSError("a lost connection")):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        assert str(error) in capsys.readouterr().err
 
 
 def our_images(target: Path, role: str = "policy", base: str | None = None) -> list[Image.Image]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from crd.config import RESUMABLE, CRDConfig, config_from, load_config, recipes
+from crd.config import RESUMABLE, CRDConfig
+from crd.config_io import config_from, load_config, recipes
 from crd.errors import CRDError
 
 
@@ -80,7 +81,10 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str, tmp_path: Path) -
         ("kl_reward_range", [1, 0]), ("kl_reward_range", [0]), ("kl_min", 0.2), ("kl_max", -1), ("old_start", 1.5),
         ("sampler_slope", -0.1), ("adam_beta1", 1.0), ("adam_beta2", -0.1), ("weight_decay", -1), ("threads", 0),
         ("lora_alpha", 0), ("advantage_clip", 0), ("warmup_steps", -1), ("reward_weights", "1,two"),
-        ("updates", "[1"),
+        ("updates", "[1"), ("objective", "crdd"), ("timestep_fraction", 0), ("timestep_fraction", 1.5),
+        ("timestep_fraction", "nan"), ("beta", "inf"), ("loss_scale", "inf"), ("learning_rate", "inf"),
+        ("learning_rate", "nan"), ("kl_max", "inf"), ("anchor_guidance", "nan"), ("eval_base_guidance", ["nan"]),
+        ("base_dtype", "float16"), ("mixed_precision", "fp16"), ("lora_targets", 3),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
@@ -122,3 +126,37 @@ def test_frozen_and_resumable_fields_exist() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         CRDConfig().beta = 2.0  # type: ignore[misc]
     assert {field.name for field in dataclasses.fields(CRDConfig)} >= RESUMABLE
+
+
+def test_fp16_is_refused_with_the_way_out() -> None:
+    with pytest.raises(CRDError, match=r"not resumable exactly yet.*use bf16"):
+        CRDConfig(mixed_precision="fp16")
+
+
+def test_bfloat16_weights_are_not_trained_themselves() -> None:
+    assert CRDConfig(base_dtype="bfloat16").base_dtype == "bfloat16"
+    with pytest.raises(CRDError, match=r"base_dtype=bfloat16 .* finetune=full"):
+        CRDConfig(base_dtype="bfloat16", finetune="full")
+
+
+def test_one_key_in_two_spellings(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("group-size: 4\ngroup_size: 6\n")
+    for source in (lambda: load_config(path), lambda: config_from({"group_size": 4, "group-size": 4})):
+        with pytest.raises(CRDError, match="group_size is given in two spellings"):
+            source()
+    path.write_text("group-size: 4\n")
+    assert load_config(path, {"group_size": "6"}).group_size == 6  # an override is no second spelling
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"model: \xff\xfe\n")
+    with pytest.raises(CRDError, match="is not UTF-8 text"):
+        load_config(path)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a file whose reading fails, for root too
+    with pytest.raises(CRDError, match="cannot read the configuration"):
+        load_config(path)
+    with pytest.raises(CRDError, match="cannot read the configuration"):
+        load_config("x" * 5000)

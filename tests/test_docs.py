@@ -17,7 +17,8 @@ from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
 from crd.backbones import FAMILIES
-from crd.config import RESUMABLE, CRDConfig, config_from
+from crd.config import RESUMABLE, CRDConfig
+from crd.config_io import config_from
 from crd.objectives import OBJECTIVES
 from crd.rewards import RewardSet
 from crd.rewards.registry import REGISTRY

@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from reward_functions import brightness
 from safetensors.torch import load
 
 from crd.checkpoint import CheckpointFolder
 from crd.cli import main
-from crd.config import CRDConfig, load_config
+from crd.config import CRDConfig
+from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.trainer import CRDTrainer
 
@@ -108,13 +112,17 @@ def test_killed_in_the_middle(config: CRDConfig, tmp_path: Path, capsys: pytest.
     assert_same_run(tmp_path / "killed", tmp_path / "straight", 5)
 
 
-def test_killed_before_the_first_checkpoint_starts_over(config: CRDConfig, tmp_path: Path) -> None:
+def test_killed_before_the_first_checkpoint_starts_over(
+    config: CRDConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     CRDTrainer(args=config).train()
     interrupted = tmp_path / "interrupted"
     trainer = CRDTrainer(args=replace(config, output_dir=str(interrupted)))
     trainer.folder.create(trainer.recorded)
     (interrupted / "metrics.jsonl").write_text('{"update": 0, "kind": "eval", "reward": 7.0}\n{"update": 1, "ki')
+    capsys.readouterr()
     assert main(["train", "--resume", str(interrupted)]) == 0
+    assert "no checkpoint yet: the run starts over" in capsys.readouterr().out
     assert_same_run(interrupted, Path(config.output_dir), 2)
 
 
@@ -186,3 +194,78 @@ def test_no_run_there(tmp_path: Path, config: CRDConfig, capsys: pytest.CaptureF
     with pytest.raises(CRDError, match="no run to resume"):
         CRDTrainer(args=config).train(resume=True)
     assert not Path(config.output_dir).exists()
+
+
+def test_going_back_forgets_later_checkpoints_and_records_overrides(
+    config: CRDConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(config.output_dir)
+    wide = replace(config, updates=4, save_every=1, eval_every=1, keep_checkpoints=4)
+    CRDTrainer(args=wide).train()
+    checkpoints = CheckpointFolder(run / "checkpoints", keep=9)
+    checkpoints.mark_best(4, 1.0)
+    checkpoints.save(9, checkpoints.load(4))  # from a time when the run was longer
+    (run / "checkpoints" / ".saving-abc").mkdir()
+    wanted = weights(run, 3)
+    # Of the checkpoints that are kept, only those before the one resumed may survive the first save.
+    assert main(["train", "--resume", str(checkpoints.path(2)), "--updates", "3", "--keep-checkpoints", "1"]) == 0
+    reward = {record["update"]: record["reward"] for record in records(run) if record["kind"] == "eval"}
+    best = max((1, 2, 3), key=lambda update: reward[update])
+    assert checkpoints.best() == (best, reward[best])
+    assert checkpoints.updates() == sorted({best, 3})
+    assert all(torch.equal(weights(run, 3)[s][n], t) for s in wanted for n, t in wanted[s].items())
+    assert not (run / "checkpoints" / ".saving-abc").exists()
+    assert load_config(run / "config.yaml") == replace(wide, updates=3, keep_checkpoints=1)
+    assert max(record["update"] for record in records(run)) == 3
+    # The override of the first resume holds in the second.
+    assert main(["train", "--resume", str(run)]) == 0
+    assert checkpoints.updates()[-1] == 3
+    before = [path.read_bytes() for path in (run / "config.yaml", run / "metrics.jsonl")]
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--updates", "2"]) == 2
+    assert "updates=2 is below the 3 that are done" in capsys.readouterr().err
+    assert [path.read_bytes() for path in (run / "config.yaml", run / "metrics.jsonl")] == before
+
+
+def test_a_reward_that_fails_late_loses_no_update(config: CRDConfig, tmp_path: Path) -> None:
+    calls = 0
+
+    def fragile(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ConnectionError("the server of rewards is gone")
+        return brightness(images, prompts)
+
+    four = replace(config, updates=4, eval_prompts=None, output_dir=str(tmp_path / "fragile"))
+    with pytest.raises(CRDError, match="the server of rewards is gone"):
+        CRDTrainer(reward_funcs=fragile, args=four).train()
+    assert CheckpointFolder(tmp_path / "fragile" / "checkpoints", keep=2).updates() == [3]
+    CRDTrainer(reward_funcs=fragile, args=four).train(resume=True)
+    CRDTrainer(reward_funcs=fragile, args=replace(four, output_dir=str(tmp_path / "straight"))).train()
+    assert_same_run(tmp_path / "fragile", tmp_path / "straight", 4)
+
+
+def test_other_prompts_under_the_same_name_are_another_run(config: CRDConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a cat\na dog\n")
+    once = replace(config, updates=1, eval_prompts=None, prompts=str(prompts))
+    CRDTrainer(args=once).train()
+    prompts.write_text("a dog\na cat\n")
+    with pytest.raises(CRDError, match="training prompts are not those of the run"):
+        CRDTrainer(args=replace(once, updates=2)).train(resume=True)
+    assert load_config(Path(config.output_dir) / "config.yaml").updates == 1
+    prompts.write_text("a cat\na dog\n")
+    CRDTrainer(args=replace(once, updates=2)).train(resume=True)
+
+
+def test_seconds_count_evaluations_and_all_resumes(config: CRDConfig) -> None:
+    def slow(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        time.sleep(0.3)
+        return brightness(images, prompts)
+
+    once = replace(config, updates=1)
+    first = CRDTrainer(reward_funcs=slow, args=once).train()["seconds"]
+    assert first >= 0.9  # evaluation, update, evaluation
+    second = CRDTrainer(reward_funcs=slow, args=replace(once, updates=2)).train(resume=True)["seconds"]
+    assert second >= first + 0.6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from reward_functions import bright_but_for_cats, brightness
 from tiny_pipelines import tiny_pipeline
 
 from crd.backbones import load_backbone
-from crd.config import CRDConfig, load_config
+from crd.config import CRDConfig
+from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.export import LORA_FILE
+from crd.loading import load_model
 from crd.snapshots import ANCHOR, SAMPLER
 from crd.tracker import read_metrics
 from crd.trainer import CRDTrainer
@@ -69,7 +72,8 @@ def test_a_seed_repeats_a_run_exactly_and_another_differs(config: CRDConfig) -> 
 
 @pytest.fixture(scope="module")
 def strong_controls(base_config: CRDConfig) -> CRDConfig:
-    return replace(base_config, kl_max=10.0, old_start=0.25, sampler_start=0.5)
+    # Of three rollout steps two are trained on: with one, all draws would have the same t.
+    return replace(base_config, kl_max=10.0, old_start=0.25, sampler_start=0.5, rollout_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +245,57 @@ def test_a_tracker_that_is_not_installed(config: CRDConfig, monkeypatch: pytest.
     assert not Path(config.output_dir).exists()
 
 
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(config: CRDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service itself cannot be run here: this records what it is told."""
+    told: list[dict[str, Any]] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None: ...
+
+        def finish(self) -> None: ...
+
+    def init(**arguments: Any) -> Run:
+        told.append(arguments)
+        return Run()
+
+    stand_in: Any = types.ModuleType("wandb")
+    stand_in.init = init
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    logged = replace(config, wandb=True, eval_prompts=None, updates=1)
+    CRDTrainer(args=logged).train()
+    CRDTrainer(args=replace(logged, updates=2)).train(resume=True)
+    CRDTrainer(args=replace(logged, output_dir=f"{config.output_dir}-2")).train()
+    first, resumed, other = told
+    assert first["id"] == resumed["id"] == (Path(config.output_dir) / "wandb_id.txt").read_text().strip()
+    assert first["resume"] == resumed["resume"] == "allow"
+    assert other["id"] != first["id"]
+
+
+def test_base_weights_in_bfloat16(config: CRDConfig) -> None:
+    half = replace(config, base_dtype="bfloat16", updates=1)
+    trainer = CRDTrainer(args=half)
+    adapters = {id(parameter) for parameter in trainer.snapshots.parameters()}
+    base = [p for name, p in trainer.backbone.denoiser.named_parameters() if ".lora_" not in name]
+    assert {parameter.dtype for parameter in base} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.backbone.denoiser.parameters() if id(p) in adapters} == {torch.float32}
+    # "" is encoded as the other prompts are.
+    assert {value.dtype for value in trainer.uncond.values()} == {torch.float32}
+    trainer.train()
+    loaded = load_model(config.output_dir)
+    assert {p.dtype for n, p in loaded.backbone.denoiser.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+
+
+def test_objects_are_taken_as_they_are_or_refused(config: CRDConfig) -> None:
+    pipeline: Any = tiny_pipeline(t5=False).to(torch.bfloat16)
+    assert CRDTrainer(pipeline, args=config).backbone.pipeline.vae.dtype == torch.bfloat16
+    backbone = load_backbone(tiny_pipeline(t5=False), max_sequence_length=0)
+    with pytest.raises(CRDError, match="base_dtype=bfloat16 is for models that crd loads"):
+        CRDTrainer(backbone, args=replace(config, base_dtype="bfloat16"))
+    backbone.device = torch.device("meta")
+    with pytest.raises(CRDError, match=r"the backbone lies on meta but the run is on (cpu|cuda)"):
+        CRDTrainer(backbone, args=config)
+
+
 @pytest.mark.parametrize(("finetune", "file"), [("lora", LORA_FILE), ("full", "model_index.json")])
 def test_save_model_writes_what_stock_diffusers_loads(
     config: CRDConfig, tmp_path: Path, finetune: str, file: str
@@ -255,7 +310,8 @@ def test_save_model_writes_what_stock_diffusers_loads(
 
 def test_objects_given_in_python_are_recorded_as_such(config: CRDConfig) -> None:
     """A later `crd train --resume` must not go on with the defaults instead."""
-    backbone = load_backbone(tiny_pipeline(t5=False), max_sequence_length=0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # that of `device: auto`
+    backbone = load_backbone(tiny_pipeline(t5=False), device=device, max_sequence_length=0)
     arguments: dict[str, Any] = {"reward_funcs": brightness, "train_dataset": ["a"], "eval_dataset": ["b"]}
     once = replace(config, updates=1)
     CRDTrainer(model=backbone, args=once, **arguments).train()
@@ -266,16 +322,15 @@ def test_objects_given_in_python_are_recorded_as_such(config: CRDConfig) -> None
     with pytest.raises(CRDError, match="given in Python"):
         CRDTrainer(args=recorded)
     # From Python the same objects may be given again.
-    again = load_backbone(tiny_pipeline(t5=False), max_sequence_length=0)
+    again = load_backbone(tiny_pipeline(t5=False), device=device, max_sequence_length=0)
     CRDTrainer(model=again, args=replace(config, updates=2), **arguments).train(resume=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"timestep_fraction": 0.1}, "timestep fraction"),
         ({"height": 17}, "height must be"),
-        ({"objective": "crdd"}, "unknown objective"),
+        ({"eval_prompts": None, "eval_base_guidance": (1.0,)}, "eval_base_guidance needs evaluation prompts"),
         ({"lora_targets": ("nothing",)}, "LoRA targets"),
         ({"model": "/nowhere/model"}, "no model at"),
         ({"reward_weights": (1.0, 2.0)}, "reward weights"),

@@ -26,6 +26,7 @@ from crd.errors import CRDError
 PREFIX = "update-"
 STATE = "state.json"
 BEST = "best.json"
+SAVING, REPLACED = ".saving-", ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,14 @@ class CheckpointFolder:
         temporary: Path | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.folder))
+            temporary = Path(tempfile.mkdtemp(prefix=SAVING, dir=self.folder))
             for stem, tensors in checkpoint.tensors.items():
                 save_file(dict(tensors), temporary / f"{stem}.safetensors")
             digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
             _write_json(temporary / STATE, {"update": update, "counters": checkpoint.counters, "sha256": digests})
             _sync(temporary)
             target = self.path(update)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
+            self._put(temporary, target)
         except (OSError, SafetensorError) as error:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -82,7 +81,7 @@ class CheckpointFolder:
             raise CRDError(
                 f"cannot save the checkpoint of update {update}: {error}; {kept}; free space and use --resume"
             ) from error
-        self._drop_old()
+        self._drop_old(update)
         return target
 
     def load(self, update: int) -> Checkpoint:
@@ -108,11 +107,18 @@ class CheckpointFolder:
             raise CRDError(f"checkpoint {path} is corrupt: {error}; {hint}") from error
 
     def mark_best(self, update: int, reward: float) -> None:
-        """Record that the checkpoint of `update` has the best evaluation reward so far."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Record that the checkpoint of `update` has the best evaluation reward so far.
+
+        Raises:
+            CRDError: it cannot be written.
+        """
         temporary = self.folder / f".{BEST}.tmp"
-        _write_json(temporary, {"update": update, "reward": reward})
-        os.replace(temporary, self.folder / BEST)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_json(temporary, {"update": update, "reward": reward})
+            os.replace(temporary, self.folder / BEST)
+        except OSError as error:
+            raise CRDError(f"cannot write {self.folder / BEST}: {error}; free space and use --resume") from error
 
     def best(self) -> tuple[int, float] | None:
         """Update and reward of the best checkpoint."""
@@ -124,11 +130,82 @@ class CheckpointFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CRDError(f"{self.folder / BEST} is corrupt: {error}; delete it") from error
 
-    def _drop_old(self) -> None:
+    def sweep(self) -> None:
+        """Mend what an interrupted `save` left: half-written folders go, one that was being replaced comes back.
+
+        Raises:
+            CRDError: no permission.
+        """
+        try:
+            for path in self.folder.glob(f"{REPLACED}*"):
+                target = self.folder / path.name.removeprefix(REPLACED)
+                if target.exists():
+                    shutil.rmtree(path)
+                else:
+                    os.replace(path, target)
+            for path in self.folder.glob(f"{SAVING}*"):
+                shutil.rmtree(path)
+        except OSError as error:
+            raise CRDError(f"cannot tidy {self.folder}: {error}; check its permissions") from error
+
+    def forget_after(self, update: int, rewards: Mapping[int, float]) -> None:
+        """Drop the checkpoints of later updates: a run that goes on from `update` has not made them.
+
+        Args:
+            update: where the run goes on.
+            rewards: evaluated update -> reward; if the best checkpoint was a later one, the best of those kept
+                takes its place.
+
+        Raises:
+            CRDError: no permission, or a corrupt record of the best.
+        """
         best = self.best()
-        for update in self.updates()[: -self.keep]:
-            if best is None or update != best[0]:
-                shutil.rmtree(self.path(update))
+        try:
+            if best is not None and best[0] > update:
+                # Before the checkpoints: an interruption in between must not leave a best that is gone.
+                (self.folder / BEST).unlink()
+                kept = [number for number in self.updates() if number <= update and number in rewards]
+                if kept:
+                    winner = max(kept, key=lambda number: rewards[number])
+                    self.mark_best(winner, rewards[winner])
+            for later in self.updates():
+                if later > update:
+                    self._remove(later)
+        except OSError as error:
+            raise CRDError(
+                f"cannot drop the checkpoints after update {update}: {error}; delete them from {self.folder}"
+            ) from error
+
+    def _put(self, temporary: Path, target: Path) -> None:
+        """Rename into place; what was there before is in the folder, under one name or the other, at all times."""
+        aside = self.folder / f"{REPLACED}{target.name}"
+        if target.exists():
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(target, aside)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _drop_old(self, written: int) -> None:
+        best = self.best()
+        try:
+            for update in self.updates()[: -self.keep]:
+                if update != written and (best is None or update != best[0]):
+                    self._remove(update)
+        except OSError as error:
+            raise CRDError(
+                f"cannot drop an old checkpoint: {error}; {self.path(written)} is saved, use --resume"
+            ) from error
+
+    def _remove(self, update: int) -> None:
+        # Without its state.json a half-deleted folder is no checkpoint.
+        (self.path(update) / STATE).unlink()
+        shutil.rmtree(self.path(update))
 
 
 def _digest(path: Path) -> str:

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="run folder, LoRA folder, diffusers folder, hub id or tiny-sd3")
-    parser.add_argument("--base", help="model under a LoRA folder (default tiny-sd3)")
+    parser.add_argument("--base", help="model under a LoRA folder (default tiny-sd3), or under a run of a model object")
     parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an update number")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
@@ -131,7 +131,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=float, action="append", default=None, help="CFG scale; may be repeated (default 1)"
     )
     parser.add_argument("--batch", type=_positive, default=32, help="images per denoiser call")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=None, help="of the noise (default: the run's seed, else 0)")
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:
@@ -155,11 +155,17 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
+    """On a full disk TensorBoard's writer thread prints a traceback beside our one line; other threads may speak."""
+    if isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard."):
+        return
+    threading.__excepthook__(args)
+
+
 def _quiet_libraries(debug: bool) -> None:
     """Our own bars and one-line errors are enough; the libraries' notices would hide them."""
     if not debug:
-        # On a full disk the writer thread of TensorBoard prints a traceback beside our one line.
-        threading.excepthook = lambda _: None
+        threading.excepthook = _thread_excepthook
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -15,16 +15,17 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from crd.checkpoint import PREFIX, CheckpointFolder
-from crd.config import RESUMABLE, CRDConfig, config_from, load_config
+from crd.config import RESUMABLE, CRDConfig
+from crd.config_io import config_from, field_names, load_config
 from crd.console import console
 from crd.data import PromptDataset, load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import EVAL_SEED, SamplingSettings, draw
+from crd.evaluation import EVAL_SEED, SamplingSettings, draw, encode_prompts
 from crd.evaluation import evaluate as evaluate_model
 from crd.export import export_lora, export_pipeline
 from crd.grid import GridRow, draw_grid
-from crd.loading import LoadedModel, checkpoint_number, is_run, load_model
+from crd.loading import LoadedModel, checkpoint_number, is_run, load_model, run_config
 from crd.rewards import RewardSet
 from crd.run_folder import CONFIG_FILE
 from crd.snapshots import ANCHOR
@@ -43,7 +44,7 @@ def train(source: str | None, overrides: Mapping[str, str], resume: str | None) 
         raise CRDError(f"--resume takes the run's own configuration, got {source!r} too; leave it out")
     run, checkpoint = _resumed(Path(resume))
     config = load_config(run / CONFIG_FILE)
-    changed = {key.replace("-", "_"): value for key, value in overrides.items()}
+    changed = field_names(overrides)
     fixed = sorted(set(changed) - RESUMABLE)
     if fixed:
         config_from(changed)  # an unknown key gets its own message
@@ -74,13 +75,13 @@ def sample(args: argparse.Namespace) -> None:
         raise CRDError(f"--out must be a picture such as samples.png, got {args.out!r}")
     dataset = load_prompts(args.prompts) if args.prompts else load_prompts(args.prompt)
     model, engine = _load(args)
-    batch = prompt_batch(dataset, range(len(dataset)), args.images, args.seed, EVAL_SEED)
+    batch = prompt_batch(dataset, range(len(dataset)), args.images, _seed(args, model), EVAL_SEED)
     scales = args.guidance or [1.0]
     base_scales = scales if args.base_guidance is None else [*scales, args.base_guidance]
     lines = [("base", ANCHOR, scale) for scale in base_scales]
     if model.role != ANCHOR:
         lines += [("trained", model.role, scale) for scale in scales]
-    uncond = model.backbone.encode([""])
+    uncond = encode_prompts(model.backbone, engine, [""])
     rows = []
     for name, role, scale in lines:
         title = name if scale == 1 else f"{name}, CFG {scale:g}"
@@ -123,8 +124,8 @@ def _evaluate_role(
     settings = _settings(args, model, scale)
     with model.snapshots.use(role) as denoiser:
         result = evaluate_model(
-            model.backbone, denoiser, engine, rewards, dataset, settings, model.backbone.encode([""]),
-            images_per_prompt=args.images, seed=args.seed,
+            model.backbone, denoiser, engine, rewards, dataset, settings, encode_prompts(model.backbone, engine, [""]),
+            images_per_prompt=args.images, seed=_seed(args, model),
         )  # fmt: skip
     total = result.rewards.total
     error = float(total.std() / len(total) ** 0.5) if len(total) > 1 else 0.0
@@ -159,7 +160,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[LoadedModel, Engine]:
-    engine = Engine(device=args.device)
+    config = run_config(args.target)
+    engine = Engine(CRDConfig.mixed_precision if config is None else config.mixed_precision, args.device)
     return load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device)), engine
 
 
@@ -168,6 +170,13 @@ def _settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> 
     steps = args.steps or (config.eval_steps if config is not None else CRDConfig.eval_steps)
     size = (config.height, config.width) if config is not None else (None, None)
     return SamplingSettings(steps, guidance, args.batch, *size)
+
+
+def _seed(args: argparse.Namespace, model: LoadedModel) -> int:
+    """Of the noise: a run is judged on the images that its own evaluation drew, unless told otherwise."""
+    if args.seed is not None:
+        return int(args.seed)
+    return CRDConfig.seed if model.config is None else model.config.seed
 
 
 def _print_table(results: Sequence[Mapping[str, Any]]) -> None:

@@ -68,12 +68,14 @@ def _world(source: str) -> list[str]:
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise CRDError(f"no prompt file at {path}; give a .txt, a .jsonl or world:train")
     try:
+        if not path.is_file():
+            raise CRDError(f"no prompt file at {path}; give a .txt, a .jsonl or world:train")
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise CRDError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
+    except OSError as error:
+        raise CRDError(f"cannot read the prompt file {path}: {error.strerror}; check the path") from error
     if path.suffix == ".txt":
         return [{"prompt": line.strip()} for line in lines if line.strip()]
     if path.suffix != ".jsonl":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from crd.errors import CRDError
@@ -20,11 +22,12 @@ class Engine:
     """Device, precision and gradient steps of one run.
 
     Args:
-        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it fast, else no.
+        mixed_precision: "no", "bf16", or "auto": bf16 where the hardware multiplies it fast, else no.
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        CRDError: the device or precision is not to be had, or several processes were launched.
+        CRDError: the device or precision is not to be had, the process already has an engine of another device
+            or precision, or several processes were launched.
     """
 
     def __init__(self, mixed_precision: str = "no", device: str = "auto") -> None:
@@ -33,13 +36,13 @@ class Engine:
         if device == "cuda" and not torch.cuda.is_available():
             raise CRDError("device=cuda but torch sees no GPU; use device=cpu or install a CUDA build of torch")
         cpu = device == "cpu" or not torch.cuda.is_available()
-        if mixed_precision == "fp16" and cpu:
-            raise CRDError("mixed_precision=fp16 needs a GPU; use bf16 or no")
+        if mixed_precision not in ("no", "bf16", "auto"):
+            raise CRDError(f"mixed_precision must be no, bf16 or auto, got {mixed_precision!r}; use bf16")
         if cpu:
             keep_freed_memory()
         if mixed_precision == "auto":
             mixed_precision = "bf16" if _fast_bf16(cpu) else "no"
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+        self.accelerator = _accelerator(mixed_precision, cpu)
         if self.accelerator.num_processes > 1:
             raise CRDError(f"training runs in one process so far, got {self.accelerator.num_processes}; launch one")
 
@@ -103,14 +106,28 @@ class Engine:
         """Clip, step, clear; returns the gradient norm before clipping.
 
         Raises:
-            CRDError: the gradient is not finite (not with fp16, whose scaler skips such steps itself).
+            CRDError: the gradient is not finite; no parameter has changed then.
         """
         norm = float(self.accelerator.clip_grad_norm_(list(parameters), max_grad_norm))
-        if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(torch.tensor(norm)):
+        if not math.isfinite(norm):
             raise CRDError(f"the gradient norm is {norm}; lower learning_rate, or use mixed_precision=no")
         optimizer.step()
         optimizer.zero_grad()
         return norm
+
+
+def _accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
+    """Accelerate keeps one device and precision a process, and refuses others."""
+    try:
+        return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise CRDError(f"cannot use mixed_precision={mixed_precision}: {error}; use mixed_precision=no") from error
+        running = AcceleratorState()
+        raise CRDError(
+            f"this process already runs at mixed_precision={running.mixed_precision} on {running.device.type}, got "
+            f"{mixed_precision} on {'cpu' if cpu else 'cuda'}; restart it or use the same"
+        ) from error
 
 
 def _fast_bf16(cpu: bool) -> bool:

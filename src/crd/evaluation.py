@@ -46,8 +46,17 @@ class EvalResult:
 
     def metrics(self) -> dict[str, float]:
         """Mean total and, by name, the mean of each reward where it applies."""
-        columns = {f"reward_{name}": float(values.nanmean()) for name, values in self.rewards.columns.items()}
-        return {"reward": self.mean, **columns}
+        return self.rewards.metrics()
+
+
+def encode_prompts(backbone: Backbone, engine: Engine, prompts: list[str]) -> dict[str, Tensor]:
+    """Conditioning of P prompts, name -> (P, ...), floats in float32; "" is the unconditional prompt.
+
+    The one way from text to conditioning: guidance must not mix a prompt under autocast with a "" that was not.
+    """
+    with engine.autocast():
+        encoded = backbone.encode(prompts)
+    return {name: value.float() if value.is_floating_point() else value for name, value in encoded.items()}
 
 
 def draw(
@@ -62,11 +71,7 @@ def draw(
     """Finished images of a batch of prompts; each distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(batch.prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    with engine.autocast():
-        tensors = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in backbone.encode(distinct).items()
-        }
+    tensors = encode_prompts(backbone, engine, distinct)
     conditioning = Conditioning(tensors, torch.tensor([row_of[prompt] for prompt in batch.prompts]))
     with progress_steps(title) as progress, engine.autocast():
         x0 = sample(

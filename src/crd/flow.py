@@ -77,13 +77,14 @@ def draw_timesteps(
 ) -> Tensor:
     """Draw M times for each unit (a group that shares its t, or an image with its own).
 
-    The kept grid is the noisiest `fraction` of the steps at which the rollout called the denoiser, rounded to
-    whole steps: 0.99 of 10 steps keeps all 10, so no step of the rollout stays untrained by truncation.
+    "The noisiest `fraction`" is read as t >= 1 - fraction (our reading). At 0.99 this drops the step that stock
+    grids end with at t = 0.001, where x_t is the picture itself and the noise cannot be told from it, and
+    keeps every step that draws something.
 
         rollout_grid: kept grid points, without replacement; with more draws than points, every point
                       comes up before any comes up again
-        uniform:      t ~ U(t_min, t_max) of the kept grid, independent draws
-        stratified:   one draw in each of M equal strata of [t_min, t_max], strata in random order
+        uniform:      t ~ U(1 - fraction, first grid point), independent draws
+        stratified:   one draw in each of M equal strata of that range, strata in random order
 
     Only `uniform` draws are independent of each other; see `crd.objectives.crd` for what that means for
     the leave-one-out residual.
@@ -118,12 +119,12 @@ def draw_timesteps(
     position = torch.rand(draws, units, generator=generator, device=generator.device, dtype=torch.float64)
     if mode == "stratified":
         position = (_permutations(units, draws, generator).T + position) / draws
-    low, high = grid[-1], grid[0]
+    low, high = 1.0 - fraction, grid[0]
     return (low + (high - low) * position).float()
 
 
 def _kept_grid(sigmas: Tensor, fraction: float) -> Tensor:
-    """The noisiest `fraction` of the rollout's denoiser calls, float64, decreasing."""
+    """Times of the rollout's denoiser calls from 1 - fraction on, float64, decreasing."""
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas must be (S+1,) with S >= 1, got {tuple(sigmas.shape)}")
     levels = sigmas.detach().double().cpu()
@@ -131,11 +132,11 @@ def _kept_grid(sigmas: Tensor, fraction: float) -> Tensor:
         raise ValueError(f"sigmas must decrease from at most 1 to 0, got {levels.tolist()}; pass the rollout's sigmas")
     if not 0 < fraction <= 1:
         raise CRDError(f"timestep fraction must lie in (0, 1], got {fraction}; the published value is 0.99")
-    steps = len(levels) - 1
-    kept = math.floor(fraction * steps + 0.5)
-    if kept < 1:
-        raise CRDError(f"timestep fraction {fraction} keeps none of {steps} rollout steps; use {1 / steps:.3g} or more")
-    return levels[:kept]
+    kept = levels[:-1][levels[:-1] >= 1.0 - fraction - 1e-9]
+    if not len(kept):
+        least = 1.0 - levels[0].item()
+        raise CRDError(f"timestep fraction {fraction} keeps no rollout step; use {least:.3g} or more")
+    return kept
 
 
 def _permutations(rows: int, length: int, generator: torch.Generator) -> Tensor:

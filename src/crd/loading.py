@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from crd.backbones import Backbone, load_backbone
 from crd.checkpoint import PREFIX, CheckpointFolder
-from crd.config import CRDConfig, load_config
+from crd.config import CRDConfig
+from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.export import LORA_FILE, load_lora, read_lora_settings
-from crd.run_folder import CONFIG_FILE
+from crd.run_folder import CONFIG_FILE, GIVEN_IN_PYTHON
 from crd.snapshots import ANCHOR, POLICY, LoraSettings, Snapshots
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `CRDConfig.base_dtype`
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,36 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def run_config(target: str | Path) -> CRDConfig | None:
+    """The configuration of a run; None if `target` is none."""
+    path = Path(target)
+    return load_config(path / CONFIG_FILE) if is_run(path) else None
+
+
+def training_backbone(
+    model: str | Path | DiffusionPipeline | Backbone, config: CRDConfig, device: torch.device
+) -> Backbone:
+    """The backbone that a run trains, loaded with `config.base_dtype`.
+
+    Raises:
+        CRDError: the model cannot be loaded, or a `Backbone` object lies elsewhere or has another dtype.
+    """
+    if not isinstance(model, Backbone):
+        # A pipeline object keeps the dtype it came with, unless another than the default is asked for.
+        as_it_is = isinstance(model, DiffusionPipeline) and config.base_dtype == CRDConfig.base_dtype
+        return load_backbone(model, dtype=None if as_it_is else _DTYPES[config.base_dtype], device=device)
+    if config.base_dtype != CRDConfig.base_dtype:
+        raise CRDError(
+            f"base_dtype={config.base_dtype} is for models that crd loads, got a Backbone object; leave it out and "
+            "load the backbone with that dtype"
+        )
+    if (model.device.type, model.device.index or 0) != (device.type, device.index or 0):
+        raise CRDError(
+            f"the backbone lies on {model.device} but the run is on {device}; load it there, or set device to its own"
+        )
+    return model
+
+
 def build_snapshots(backbone: Backbone, config: CRDConfig, roles: tuple[str, ...]) -> Snapshots:
     """The roles as a run's configuration asks for them."""
     if config.finetune == "full":
@@ -44,6 +78,16 @@ def build_snapshots(backbone: Backbone, config: CRDConfig, roles: tuple[str, ...
     )
 
 
+def build_optimizer(snapshots: Snapshots, config: CRDConfig) -> torch.optim.Optimizer:
+    """AdamW on the policy's parameters."""
+    return torch.optim.AdamW(
+        snapshots.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
 def load_model(
     target: str | Path, *, base: str | None = None, checkpoint: str = "last", device: str = "cpu"
 ) -> LoadedModel:
@@ -51,7 +95,7 @@ def load_model(
 
     Args:
         target: a run folder, a LoRA folder, a diffusers folder, a hub id, or "tiny-sd3".
-        base: the model under a LoRA folder; None = "tiny-sd3".
+        base: the model under a LoRA folder (None = "tiny-sd3"), or under a run whose model was an object.
         checkpoint: of a run: "last", "best" or the number of an update.
         device: where the model goes.
 
@@ -60,9 +104,7 @@ def load_model(
     """
     path = Path(target)
     if is_run(path):
-        if base is not None:
-            raise CRDError(f"{target} is a run and names its own base model, got --base {base} too; leave it out")
-        return _load_run(path, checkpoint, device)
+        return _load_run(path, base, checkpoint, device)
     if checkpoint != "last":
         raise CRDError(f"--checkpoint {checkpoint} is for runs and {target} is none (it has no {CONFIG_FILE})")
     if (path / LORA_FILE).is_file():
@@ -100,13 +142,18 @@ def checkpoint_number(checkpoints: CheckpointFolder, wanted: str) -> int:
     return int(number)
 
 
-def _load_run(path: Path, wanted: str, device: str) -> LoadedModel:
+def _load_run(path: Path, base: str | None, wanted: str, device: str) -> LoadedModel:
     config = load_config(path / CONFIG_FILE)
+    nameless = config.model == GIVEN_IN_PYTHON
+    if nameless and base is None:
+        raise CRDError(f"{path} was trained from an object given in Python; name its model with --base MODEL")
+    if base is not None and not nameless:
+        raise CRDError(f"{path} is a run and names its own base model, got --base {base} too; leave it out")
     checkpoints = CheckpointFolder(path / "checkpoints", config.keep_checkpoints)
     state = checkpoints.load(checkpoint_number(checkpoints, wanted))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    backbone = load_backbone(config.model, device=device)
+    backbone = load_backbone(base or config.model, dtype=_DTYPES[config.base_dtype], device=device)
     snapshots = build_snapshots(backbone, config, roles=())
     snapshots.load_state(POLICY, state.tensors[POLICY])
     return LoadedModel(backbone, snapshots, POLICY, config)

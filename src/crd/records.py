@@ -66,6 +66,11 @@ class RewardOutput:
     total: Tensor  # (B,) float64, weighted sum over the applicable rewards
     columns: Mapping[str, Tensor]  # name -> (B,) float64
 
+    def metrics(self) -> dict[str, float]:
+        """Mean total and, by name, the mean of each reward where it applies."""
+        columns = {f"reward_{name}": float(values.nanmean()) for name, values in self.columns.items()}
+        return {"reward": float(self.total.mean()), **columns}
+
 
 @dataclass(frozen=True)
 class LossOutput:

@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
-from crd.config import RESUMABLE, CRDConfig, load_config
+from crd.config import RESUMABLE, CRDConfig
+from crd.config_io import load_config
+from crd.console import console
 from crd.errors import CRDError
 from crd.evaluation import EvalResult
 from crd.grid import GridRow, draw_grid
+from crd.tracker import read_metrics
+from crd.training_state import Progress
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -83,7 +88,7 @@ class RunFolder:
         except OSError as error:
             raise CRDError(f"cannot make the run folder {self.path}: {error}; choose another output_dir") from error
         try:
-            (self.path / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+            self._write(CONFIG_FILE, config.to_yaml())
             self._write_json("environment.json", environment())
         except OSError as error:
             self.remove()
@@ -102,6 +107,15 @@ class RunFolder:
             now = config.__dict__[name]
             if now != value and name not in RESUMABLE | {"output_dir"}:
                 raise CRDError(f"{name} cannot change in a resumed run: it was {value!r}, got {now!r}; set it back")
+
+    def record(self, config: CRDConfig) -> None:
+        """Write `config.yaml` anew: a resumed run may have changed the fields in `RESUMABLE`.
+
+        Raises:
+            CRDError: it cannot be written.
+        """
+        with self._told_if_full():
+            self._write(CONFIG_FILE, config.to_yaml())
 
     def remove(self) -> None:
         """Delete what `create` and a start that came to nothing have left."""
@@ -124,14 +138,36 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
             draw_grid([row], [""] * count).save(folder / f"update-{update:06d}.png")
 
-    def save_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json.
+    def summarise(self, progress: Progress, base: Mapping[float, float]) -> dict[str, float]:
+        """Write summary.json, and show it: held-out rewards before and after, and how far the run went.
+
+        Args:
+            progress: of the run.
+            base: CFG scale -> reward of the base model; the best one goes in.
 
         Raises:
             CRDError: it cannot be written.
         """
+        summary: dict[str, float] = {}
+        held_out = read_metrics(self.path, "eval")
+        if held_out:
+            summary |= {"reward_before": held_out[0]["reward"], "reward_after": held_out[-1]["reward"]}
+        if base:
+            best = max(base, key=lambda scale: base[scale])
+            summary |= {"reward_base_cfg": base[best], "base_cfg_scale": best}
+        summary |= {
+            "steps": progress.optimizer_steps,
+            "updates": progress.updates_done,
+            "seconds": progress.seconds,
+            "images": progress.images_drawn,
+        }
         with self._told_if_full():
             self._write_json(SUMMARY_FILE, summary)
+        table = Table("summary", str(self.path))
+        for name, value in summary.items():
+            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+        console.print(table)
+        return summary
 
     @contextmanager
     def _told_if_full(self) -> Iterator[None]:
@@ -143,8 +179,11 @@ class RunFolder:
             ) from error
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write(name, json.dumps(content, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self.path / name)
 
 

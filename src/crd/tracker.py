@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from crd.console import console
 from crd.errors import CRDError
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id.txt"
+
+# Of an update's metrics, those a person watches in the terminal; objectives need not have them all.
+_SHOWN = ("reward", "implicit_reward_std", "reward_correlation", "kl", "gradient_norm")
 
 
 class Tracker:
@@ -22,7 +28,7 @@ class Tracker:
     Args:
         folder: of the run.
         tensorboard: event files go to `folder/tensorboard`.
-        wandb: log to Weights & Biases (extra `crd[wandb]`).
+        wandb: log to Weights & Biases (extra `crd[wandb]`); a resumed run goes on in the same one there.
         config: shown by Weights & Biases.
         resume_from: records of later updates are dropped (an interrupted run wrote them after its checkpoint).
     """
@@ -76,24 +82,43 @@ class Tracker:
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Records of one kind, oldest first; [] if the run has none."""
-    path = folder / METRICS_FILE
+    """Records of one kind, oldest first; [] if the run has none.
+
+    Raises:
+        CRDError: the file cannot be read.
+    """
+    try:
+        return [record for record in _records(folder / METRICS_FILE) if record["kind"] == kind]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CRDError(f"cannot read {folder / METRICS_FILE}: {error}; restore the file") from error
+
+
+def print_update(update: int, updates: int, metrics: Mapping[str, float], seconds: float) -> None:
+    """One line about an update, in the terminal."""
+    shown = {name: metrics[name] for name in _SHOWN if name in metrics}
+    numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+    console.print(f"update {update}/{updates}  {numbers}  {seconds:.1f} s", highlight=False)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """All complete records: an interruption may have cut the last line off."""
     if not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if record["kind"] == kind]
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("update"), int) and "kind" in record:
+            found.append(record)
+    return found
 
 
 def _drop_later(path: Path, update: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["update"] <= update:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut off by the interruption that made the resume necessary
+    kept = [json.dumps(record) + "\n" for record in _records(path) if record["update"] <= update]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
@@ -104,4 +129,15 @@ def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise CRDError('wandb=true needs Weights & Biases; pip install "crd[wandb]"') from error
-    return wandb.init(project="crd", dir=str(folder), config=dict(config), resume="allow")
+    return wandb.init(project="crd", dir=str(folder), config=dict(config), id=_wandb_id(folder), resume="allow")
+
+
+def _wandb_id(folder: Path) -> str:
+    """The run's own id there, drawn once."""
+    path = folder / WANDB_ID_FILE
+    try:
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CRDError(f"cannot read or write {path}: {error}; check the run folder") from error

@@ -10,35 +10,30 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
-from rich.table import Table
-from torch import Tensor
 
 from crd.advantages import group_advantages, kl_gate
-from crd.backbones import Backbone, load_backbone
-from crd.checkpoint import Checkpoint, CheckpointFolder
+from crd.backbones import Backbone
+from crd.checkpoint import CheckpointFolder
 from crd.config import CRDConfig
 from crd.console import console
 from crd.data import Prompts, epoch_order, load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import EvalResult, SamplingSettings, draw, evaluate
+from crd.evaluation import EvalResult, SamplingSettings, draw, encode_prompts, evaluate
 from crd.export import export_lora, export_pipeline
 from crd.flow import draw_timesteps
-from crd.loading import build_snapshots, checkpoint_number
+from crd.loading import build_optimizer, build_snapshots, checkpoint_number, training_backbone
 from crd.objectives import objective_class
 from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
-from crd.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from crd.records import RewardOutput, Rollout
 from crd.rewards import RewardFunction, RewardSet
 from crd.run_folder import RunFolder, recorded_config
 from crd.seeds import generator
 from crd.snapshots import ANCHOR, OLD, POLICY, SAMPLER
-from crd.tracker import Tracker, read_metrics
+from crd.tracker import Tracker, print_update, read_metrics
+from crd.training_state import Progress, pack, restore
 
 BEFORE_ALL = -1  # a resumed run that starts over keeps no record, not even the evaluation of update 0
-
-# Of an update's metrics, those a person watches in the terminal; objectives need not have them all.
-_SHOWN = ("reward", "implicit_reward_std", "reward_correlation", "kl", "gradient_norm")
 
 RewardArgument: TypeAlias = str | RewardFunction
 
@@ -78,31 +73,24 @@ class CRDTrainer:
             if dataset is not None:
                 self.rewards.check_columns(dataset.columns)
                 self.rewards.check_prompts(dataset.prompts)
+        if config.eval_base_guidance and self.eval_data is None:
+            raise CRDError("eval_base_guidance needs evaluation prompts, got none; set eval_prompts, or leave it out")
         self.engine = Engine(config.mixed_precision, config.device)
-        source = config.model if model is None else model
-        self.backbone = source if isinstance(source, Backbone) else load_backbone(source, device=self.engine.device)
+        self.backbone = training_backbone(config.model if model is None else model, config, self.engine.device)
         if config.gradient_checkpointing:
             denoiser: Any = self.backbone.denoiser  # a diffusers model; nn.Module knows no such method
             denoiser.enable_gradient_checkpointing()
         self.snapshots = build_snapshots(self.backbone, config, (OLD, SAMPLER) if config.decouple_sampler else (OLD,))
-        self.names = [name for name, _ in self.snapshots.named_parameters()]
-        optimizer = torch.optim.AdamW(
-            self.snapshots.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-        )
+        optimizer = build_optimizer(self.snapshots, config)
         self.snapshots.wrapped, self.optimizer = self.engine.prepare(self.snapshots.module, optimizer)
         self.objective = objective_class(config.objective)(config.objective_config())
-        self.uncond = self.backbone.encode([""])
+        self.uncond = encode_prompts(self.backbone, self.engine, [""])
         self.sigmas = self.backbone.sigmas(config.rollout_steps, config.height, config.width)
         self._refuse_early()
         self.folder = RunFolder(Path(config.output_dir))
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", config.keep_checkpoints)
-        self.updates_done = 0
-        self.optimizer_steps = 0
-        self.images_drawn = 0
-        self.seconds = 0.0
+        self.progress = Progress()
+        self._clock = time.perf_counter()  # at which `progress.seconds` was last brought up to date
 
     def _refuse_early(self) -> None:
         """Settings that only the model can judge, before a run folder exists."""
@@ -126,18 +114,33 @@ class CRDTrainer:
         if resume is False:
             self.folder.create(self.recorded)
         else:
-            self.folder.check_same(self.recorded)
-            # Interrupted before its first checkpoint, a run starts over.
-            if resume is not True or self.checkpoints.updates():
-                self._load(checkpoint_number(self.checkpoints, "last" if resume is True else str(resume)))
+            self._go_back(resume)
         try:
-            self._run(None if resume is False else self.updates_done or BEFORE_ALL)
-            return self._summarise()
+            self._run(None if resume is False else self.progress.updates_done or BEFORE_ALL)
+            # The base model at each CFG scale asked for, on the same prompts and noise.
+            base = {scale: self.evaluate(ANCHOR, scale).mean for scale in self.args.eval_base_guidance}
+            return self.folder.summarise(self.progress, base)
         except CRDError:
             # Nothing was learned: a folder that only blocks the next try helps nobody.
-            if resume is False and self.updates_done == 0:
+            if resume is False and self.progress.updates_done == 0:
                 self.folder.remove()
             raise
+
+    def _go_back(self, resume: bool | int) -> None:
+        """To the checkpoint to go on from; only once it is loaded, what came after it is forgotten."""
+        self.folder.check_same(self.recorded)
+        self.checkpoints.sweep()
+        if resume is True and not self.checkpoints.updates():
+            console.print("no checkpoint yet: the run starts over")
+        else:
+            number = checkpoint_number(self.checkpoints, "last" if resume is True else str(resume))
+            if self.args.updates < number:
+                raise CRDError(f"updates={self.args.updates} is below the {number} that are done; raise it")
+            checkpoint = self.checkpoints.load(number)
+            self.progress = restore(checkpoint, self.snapshots, self.optimizer, self.train_data.prompts)
+        rewards = {record["update"]: record["reward"] for record in read_metrics(self.folder.path, "eval")}
+        self.checkpoints.forget_after(self.progress.updates_done, rewards)
+        self.folder.record(self.recorded)
 
     def _run(self, resume_from: int | None) -> None:
         """Evaluation before, then updates with their logging, evaluation and checkpoints."""
@@ -149,53 +152,67 @@ class CRDTrainer:
             config=dataclasses.asdict(self.recorded),
             resume_from=resume_from,
         )
+        self._clock = time.perf_counter()
         try:
-            if self.updates_done == 0:
+            if self.progress.updates_done == 0:
                 self._log_evaluation(tracker)
-            while self.updates_done < config.updates:
+            while self.progress.updates_done < config.updates:
                 started = time.perf_counter()
-                metrics = self.update()
+                metrics = self._update_or_save()
                 seconds = time.perf_counter() - started
-                self.seconds += seconds
-                tracker.log(self.updates_done, "train", {**metrics, "seconds": seconds})
-                self._print(metrics, seconds)
+                tracker.log(self.progress.updates_done, "train", {**metrics, "seconds": seconds})
+                print_update(self.progress.updates_done, config.updates, metrics, seconds)
                 self._evaluate_and_save(tracker)
         finally:
             tracker.close()
 
+    def _update_or_save(self) -> dict[str, float]:
+        """`update`; if it fails before its first optimizer step, say in a reward, the updates before it are saved."""
+        steps = self.progress.optimizer_steps
+        try:
+            return self.update()
+        except CRDError:
+            done = self.progress.updates_done
+            if self.progress.optimizer_steps == steps and done and done not in self.checkpoints.updates():
+                self._save()
+            raise
+
     def update(self) -> dict[str, float]:
         """One update of the method: images from `sampler`, rewards, advantages, optimizer steps, snapshots."""
-        config, number = self.args, self.updates_done
+        config, number = self.args, self.progress.updates_done
         indices = epoch_order(
             len(self.train_data), number * config.prompts_per_update, config.prompts_per_update, config.seed
         )
         batch = prompt_batch(self.train_data, indices, config.group_size, config.seed, "rollout", number)
+        settings = SamplingSettings(
+            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width
+        )
         with self.snapshots.use(SAMPLER if config.decouple_sampler else OLD) as sampler:
-            rollout = draw(self.backbone, sampler, self.engine, batch, self._rollout_settings(), self.uncond, "rollout")
+            rollout = draw(self.backbone, sampler, self.engine, batch, settings, self.uncond, "rollout")
         rewards = self.rewards.score(rollout.images, batch.prompts, batch.columns)
-        self.images_drawn += len(batch)
         metrics = self._optimize(rollout, rewards)
-        self.snapshots.advance(OLD, config.old_schedule().decay(self.optimizer_steps))
+        self.snapshots.advance(OLD, metrics["old_decay"])
         if config.decouple_sampler:
-            self.snapshots.advance(SAMPLER, config.sampler_schedule().decay(self.optimizer_steps))
-        self.updates_done += 1
-        return metrics
+            self.snapshots.advance(SAMPLER, metrics["sampler_decay"])
+        self.progress.updates_done += 1
+        self.progress.images_drawn += len(batch)
+        return {**metrics, "images": float(self.progress.images_drawn)}
 
     def _optimize(self, rollout: Rollout, rewards: RewardOutput) -> dict[str, float]:
         """The optimizer steps of one update, each on whole groups; mean metrics over the steps."""
-        config = self.args
+        config, number = self.args, self.progress.updates_done
         group_id = rollout.batch.group_id
         advantages = group_advantages(rewards.total, group_id, clip=config.advantage_clip)
         # Without an anchor nothing reads the gate, so rewards need no range.
         kind = config.kl_gate if config.kl_max > 0 else "constant"
         gate = kl_gate(kind, rewards.total, advantages.advantage, config.kl_reward_range)
         draws = Draws(config.draws, config.timesteps, config.timestep_fraction, config.share_timesteps)
-        order = torch.randperm(int(group_id.max()) + 1, generator=generator(config.seed, "groups", self.updates_done))
+        order = torch.randperm(int(group_id.max()) + 1, generator=generator(config.seed, "groups", number))
         steps: list[dict[str, float]] = []
         for step, groups in enumerate(order.tensor_split(config.optimizer_steps)):
             images = torch.isin(group_id, groups).nonzero()[:, 0]
             rows = build_rows(rewards, advantages, gate, group_id, images, draws.count)
-            name = (config.seed, "train", self.updates_done, step)
+            name = (config.seed, "train", number, step)
             velocities = RowVelocities(
                 backbone=self.backbone,
                 snapshots=self.snapshots,
@@ -209,23 +226,21 @@ class CRDTrainer:
                 cache=config.cache_references,
                 name=name,
             )
+            warm = min(1.0, (self.progress.optimizer_steps + 1) / (config.warmup_steps + 1))
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, (self.optimizer_steps + 1) / (config.warmup_steps + 1))
+                group["lr"] = config.learning_rate * warm
             found = self.engine.backward(self.objective, velocities, rows.to(self.engine.device), config.micro_batch)
             norm = self.engine.step(self.optimizer, self.snapshots.parameters(), config.max_grad_norm)
-            self.optimizer_steps += 1
+            self.progress.optimizer_steps += 1
             steps.append({**found, "gradient_norm": norm})
         means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-        columns = {f"reward_{name}": float(values.nanmean()) for name, values in rewards.columns.items()}
         return {
-            "reward": float(rewards.total.mean()),
-            **columns,
+            **rewards.metrics(),
             **means,
             "zero_variance_groups": float(advantages.zero_variance_groups),
-            "old_decay": config.old_schedule().decay(self.optimizer_steps),
-            "sampler_decay": config.sampler_schedule().decay(self.optimizer_steps),
-            "images": float(self.images_drawn),
-            "optimizer_steps": float(self.optimizer_steps),
+            "old_decay": config.old_schedule().decay(self.progress.optimizer_steps),
+            "sampler_decay": config.sampler_schedule().decay(self.progress.optimizer_steps),
+            "optimizer_steps": float(self.progress.optimizer_steps),
         }
 
     def evaluate(self, role: str = POLICY, guidance: float = 1.0) -> EvalResult:
@@ -240,16 +255,9 @@ class CRDTrainer:
         settings = SamplingSettings(config.eval_steps, guidance, config.rollout_batch, config.height, config.width)
         with self.snapshots.use(role) as denoiser:
             return evaluate(
-                self.backbone,
-                denoiser,
-                self.engine,
-                self.rewards,
-                self.eval_data,
-                settings,
-                self.uncond,
-                images_per_prompt=config.eval_images,
-                seed=config.seed,
-            )
+                self.backbone, denoiser, self.engine, self.rewards, self.eval_data, settings, self.uncond,
+                images_per_prompt=config.eval_images, seed=config.seed,
+            )  # fmt: skip
 
     def save_model(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Export the policy for stock diffusers: a LoRA folder, or a whole pipeline after full fine-tuning."""
@@ -257,15 +265,9 @@ class CRDTrainer:
             return export_lora(self.backbone, self.snapshots, folder, overwrite=overwrite)
         return export_pipeline(self.backbone, self.snapshots, folder, overwrite=overwrite)
 
-    def _rollout_settings(self) -> SamplingSettings:
-        config = self.args
-        return SamplingSettings(
-            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width
-        )
-
     def _evaluate_and_save(self, tracker: Tracker) -> None:
         """After an update: evaluation and checkpoint when due, and at the end."""
-        config, done = self.args, self.updates_done
+        config, done = self.args, self.progress.updates_done
         final = done == config.updates
         reward: float | None = None
         if final or (config.eval_every and done % config.eval_every == 0):
@@ -281,60 +283,15 @@ class CRDTrainer:
         """Held-out reward of the policy, logged; None without evaluation prompts."""
         if self.eval_data is None:
             return None
-        result = self.evaluate()
-        tracker.log(self.updates_done, "eval", result.metrics())
-        self.folder.save_samples(self.updates_done, result)
-        console.print(
-            f"update {self.updates_done}: held-out reward {result.mean:.3f} ({len(result.images)} images, no CFG)"
-        )
+        result, done = self.evaluate(), self.progress.updates_done
+        tracker.log(done, "eval", result.metrics())
+        self.folder.save_samples(done, result)
+        console.print(f"update {done}: held-out reward {result.mean:.3f} ({len(result.images)} images, no CFG)")
         return result.mean
 
-    def _summarise(self) -> dict[str, float]:
-        """Before, after, and the base model at its best CFG scale, on the same prompts and noise."""
-        summary: dict[str, float] = {}
-        if self.eval_data is not None:
-            held_out = read_metrics(self.folder.path, "eval")
-            summary |= {"reward_before": held_out[0]["reward"], "reward_after": held_out[-1]["reward"]}
-            scales = {scale: self.evaluate(ANCHOR, scale).mean for scale in self.args.eval_base_guidance}
-            if scales:
-                best = max(scales, key=lambda scale: scales[scale])
-                summary |= {"reward_base_cfg": scales[best], "base_cfg_scale": best}
-        summary |= {
-            "steps": self.optimizer_steps,
-            "updates": self.updates_done,
-            "seconds": self.seconds,
-            "images": self.images_drawn,
-        }
-        self.folder.save_summary(summary)
-        table = Table("summary", str(self.folder.path))
-        for name, value in summary.items():
-            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
-        console.print(table)
-        return summary
-
-    def _print(self, metrics: dict[str, float], seconds: float) -> None:
-        shown = {name: metrics[name] for name in _SHOWN if name in metrics}
-        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
-        console.print(f"update {self.updates_done}/{self.args.updates}  {numbers}  {seconds:.1f} s", highlight=False)
-
     def _save(self) -> None:
-        roles = (POLICY, *self.snapshots.roles)
-        tensors: dict[str, dict[str, Tensor]] = {role: self.snapshots.state(role) for role in roles}
-        tensors["optimizer"] = optimizer_tensors(self.optimizer, self.names)
-        counters = {
-            "updates_done": self.updates_done,
-            "optimizer_steps": self.optimizer_steps,
-            "images_drawn": self.images_drawn,
-            "seconds": self.seconds,
-        }
-        self.checkpoints.save(self.updates_done, Checkpoint(tensors, counters))
-
-    def _load(self, update: int) -> None:
-        checkpoint = self.checkpoints.load(update)
-        for role in (POLICY, *self.snapshots.roles):
-            self.snapshots.load_state(role, checkpoint.tensors[role])
-        load_optimizer_tensors(self.optimizer, self.names, dict(checkpoint.tensors["optimizer"]))
-        self.updates_done = checkpoint.counters["updates_done"]
-        self.optimizer_steps = checkpoint.counters["optimizer_steps"]
-        self.images_drawn = checkpoint.counters["images_drawn"]
-        self.seconds = checkpoint.counters["seconds"]
+        now = time.perf_counter()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+        state = pack(self.snapshots, self.optimizer, self.progress, self.train_data.prompts)
+        self.checkpoints.save(self.progress.updates_done, state)

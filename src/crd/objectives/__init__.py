@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from crd.errors import CRDError
-from crd.objectives.crd import CRD
+from crd.objectives.base import Objective
+from crd.objectives.crd import CRD, CRDObjectiveConfig
 
-OBJECTIVES: dict[str, type[CRD]] = {"crd": CRD}
+OBJECTIVES: dict[str, Callable[[CRDObjectiveConfig], Objective]] = {"crd": CRD}
 
 
-def objective_class(name: str) -> type[CRD]:
-    """The class registered as `name`.
+def objective_class(name: str) -> Callable[[CRDObjectiveConfig], Objective]:
+    """What is registered as `name`: a class, called with its settings.
 
     Raises:
         CRDError: no objective has this name.

@@ -20,6 +20,7 @@ Source: arXiv 2603.14128; choices where the paper is silent are marked "our read
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,10 @@ class CRDObjectiveConfig:
         for name, number in (("beta", self.beta), ("tau", self.tau), ("loss_scale", self.loss_scale)):
             if not number > 0:
                 raise CRDError(f"{name} must be above 0, got {number}; raise it")
+        # tau may be infinite: that is uniform centering.
+        for name, number in (("beta", self.beta), ("loss_scale", self.loss_scale), ("kl_max", self.kl_max)):
+            if not math.isfinite(number):
+                raise CRDError(f"{name} must be finite, got {number}; lower it")
         if self.kl_max != 0 and not 0 <= self.kl_min <= self.kl_max:
             raise CRDError(
                 f"KL strengths need 0 <= kl_min <= kl_max, got kl_min={self.kl_min}, kl_max={self.kl_max}; "

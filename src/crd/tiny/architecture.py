@@ -2,8 +2,8 @@
 
 The two text encoders share a tokenizer that spells: upper-case letters are always one token each, so the
 spelling of a quoted word is visible; caption words are one token each; any other word falls back to letters.
-The third encoder is a byte-level T5. As in SD3 it is dropped in training (here from 9 of 10 batches) and can be left
-out at no loss; `crd` does so, because its tokens would be most of the compute at this size.
+The third encoder is a byte-level T5, present in 5% of the batches of the final cooldown only. As in SD3 it can be
+left out; `crd` does so, because its tokens would be most of the compute at this size.
 """
 
 from __future__ import annotations

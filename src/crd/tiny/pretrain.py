@@ -39,8 +39,8 @@ from crd.tiny.render import LEVELS, Level, Scene, random_scene, render
 CAPTION_DROPOUT = 0.12
 VAE_CROP = 32
 # Of the batches of the cooldown: T5 tokens are most of the compute of a step that has them.
-T5_PRESENT = 0.05
-T5_LENGTHS = (32, 64, 256)
+T5_PRESENT = 0.25
+T5_LENGTHS = (32, 256)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
