@@ -275,16 +275,12 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
-    """The diffusers folder in float16 (half the size; stock from_pretrained reads it back as float32)."""
-    half = copy.deepcopy({name: getattr(pipe, name) for name in
-                          ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")})  # fmt: skip
-    shipped: Any = StableDiffusion3Pipeline(
-        **{name: module.to(torch.float16) for name, module in half.items()},
-        scheduler=pipe.scheduler,
-        tokenizer=pipe.tokenizer,
-        tokenizer_2=pipe.tokenizer_2,
-        tokenizer_3=pipe.tokenizer_3,
-    )
+    """The diffusers folder, transformer and VAE in float16: half the size, and stock from_pretrained makes them float32.
+
+    The text encoders stay float32: transformers would load half precision as it is, and the dtypes would not match.
+    """
+    half = {name: copy.deepcopy(getattr(pipe, name)).to(torch.float16) for name in ("transformer", "vae")}
+    shipped: Any = StableDiffusion3Pipeline(**{**pipe.components, **half})
     shipped.save_pretrained(folder)
     (folder / "crd.json").write_text(json.dumps({"max_sequence_length": 0}) + "\n")
 
