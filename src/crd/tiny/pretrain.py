@@ -275,7 +275,7 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
-    """The diffusers folder, transformer and VAE in float16: half the size, and stock from_pretrained makes them float32.
+    """The diffusers folder; transformer and VAE in float16, half the size (stock from_pretrained makes them float32).
 
     The text encoders stay float32: transformers would load half precision as it is, and the dtypes would not match.
     """
