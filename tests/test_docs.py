@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
 EXAMPLE = ROOT / "examples" / "custom_reward.py"
-BUNDLED_MODEL = ROOT / "src" / "crd" / "tiny" / "model" / "model_index.json"
 FIELDS = {field.name: field.default for field in dataclasses.fields(CRDConfig)}
 
 # Code blocks hold no links and no headings.
@@ -173,7 +172,6 @@ def test_the_example_runs_on_a_model_of_random_weights(
     check_example(output, capsys.readouterr().out)
 
 
-@pytest.mark.skipif(not BUNDLED_MODEL.is_file(), reason="the bundled model is not trained yet")
 def test_the_example_runs_on_the_bundled_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from crd.config import CRDConfig
 from crd.errors import CRDError
+from crd.text_files import read_text
 
 
 def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> CRDConfig:
@@ -81,17 +82,10 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
 
 
 def _read_text(source: str | Path) -> str:
-    path = Path(source)
-    try:
-        if str(source) in recipes() and not path.exists():
-            return files("crd.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CRDError(f"{source} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
-    except OSError as error:
-        raise CRDError(f"cannot read the configuration {source}: {error.strerror}; check the path") from error
-    raise CRDError(f"no configuration at {source}; give a YAML file or a recipe: {', '.join(recipes())}")
+    if str(source) in recipes() and not Path(source).exists():
+        return files("crd.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    missing = f"no configuration at {source}; give a YAML file or a recipe: {', '.join(recipes())}"
+    return read_text(Path(source), "configuration", missing)
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from crd.errors import CRDError
 from crd.records import PromptBatch
 from crd.seeds import derive_seed, generator
+from crd.text_files import read_text
 from crd.tiny.vocabulary import prompts as world_prompts
 
 WORLD_PROMPTS = 512
@@ -68,14 +69,8 @@ def _world(source: str) -> list[str]:
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    try:
-        if not path.is_file():
-            raise CRDError(f"no prompt file at {path}; give a .txt, a .jsonl or world:train")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise CRDError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
-    except OSError as error:
-        raise CRDError(f"cannot read the prompt file {path}: {error.strerror}; check the path") from error
+    missing = f"no prompt file at {path}; give a .txt, a .jsonl or world:train"
+    lines = read_text(path, "prompt file", missing).splitlines()
     if path.suffix == ".txt":
         return [{"prompt": line.strip()} for line in lines if line.strip()]
     if path.suffix != ".jsonl":

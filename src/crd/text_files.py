@@ -1,0 +1,28 @@
+"""Reading a person's text file, with the same three complaints everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crd.errors import CRDError
+
+
+def read_text(path: Path, kind: str, missing: str) -> str:
+    """Contents of a UTF-8 file.
+
+    Args:
+        path: the file.
+        kind: what it is to the user, such as "prompt file".
+        missing: the message when there is no such file.
+
+    Raises:
+        CRDError: no such file, not UTF-8, or unreadable.
+    """
+    try:
+        if not path.is_file():
+            raise CRDError(missing)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CRDError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
+    except OSError as error:
+        raise CRDError(f"cannot read the {kind} {path}: {error.strerror}; check the path") from error
