@@ -1,0 +1,103 @@
+"""Where on the path the policy gradient's signal is: its share at each t of the rollout grid.
+
+    python benchmarks/gradient_signal.py --batches 3 --prompts 12
+
+At θ = old (the first update) the gradient of the CRD policy term is computed for several independent batches of
+rollouts, one t at a time. `total` is its mean squared norm; `signal` is the mean inner product of the gradients of
+different batches, an unbiased estimate of the squared norm of the expected gradient. Their ratio is the share of a
+batch's gradient that other batches agree with. The KL term is measured in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from crd.advantages import group_advantages, kl_gate
+from crd.config import CRDConfig
+from crd.data import epoch_order, prompt_batch
+from crd.evaluation import SamplingSettings, draw
+from crd.optimizer_batch import RowVelocities, build_rows
+from crd.snapshots import SAMPLER
+from crd.trainer import CRDTrainer
+
+
+def gradients(trainer: CRDTrainer, number: int, times: list[float]) -> Iterator[dict[str, Tensor]]:
+    """Gradient of both terms at each t, on the images of batch `number`."""
+    config = trainer.args
+    count = config.prompts_per_update
+    indices = epoch_order(len(trainer.train_data), number * count, count, config.seed)
+    batch = prompt_batch(trainer.train_data, indices, config.group_size, config.seed, "rollout", number)
+    settings = SamplingSettings(config.rollout_steps, 1.0, config.rollout_batch, None, None)
+    with trainer.snapshots.use(SAMPLER) as sampler:
+        rollout = draw(trainer.backbone, sampler, trainer.engine, batch, settings, trainer.uncond, "rollout")
+    rewards = trainer.rewards.score(rollout.images, batch.prompts, batch.columns)
+    advantages = group_advantages(rewards.total, batch.group_id)
+    gate = kl_gate("reward", rewards.total, advantages.advantage, config.kl_reward_range)
+    rows = build_rows(rewards, advantages, gate, batch.group_id, torch.arange(len(batch)), 1)
+    for t in times:
+        velocities = RowVelocities(
+            backbone=trainer.backbone, snapshots=trainer.snapshots, engine=trainer.engine, rollout=rollout, rows=rows,
+            t=torch.full((len(batch),), t), needs=trainer.objective.needs, uncond=trainer.uncond,
+            anchor_guidance=config.anchor_guidance, cache=True, name=(config.seed, number, str(t)),
+        )  # fmt: skip
+        yield {
+            # d/dR of loss_scale / β mean (β R_c - A_c)² at R = 0, A already centered around 1/2.
+            "policy": _gradient(
+                trainer, velocities, "implicit_reward", -2 * config.loss_scale * (rows.advantage - 0.5)
+            ),
+            "kl": _gradient(trainer, velocities, "kl", config.kl_max * rows.kl_gate),
+        }
+
+
+def _gradient(trainer: CRDTrainer, velocities: RowVelocities, term: str, slope: Tensor) -> Tensor:
+    parameters = list(trainer.snapshots.parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    for chunk in torch.arange(len(slope)).split(trainer.args.micro_batch):
+        terms = trainer.objective.terms(velocities(chunk))
+        (slope[chunk] * terms[term]).sum().div(len(slope)).backward()
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).clone()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--group-size", type=int, default=12)
+    parser.add_argument("--model", default="tiny-sd3")
+    args = parser.parse_args()
+    config = CRDConfig(
+        model=args.model,
+        prompts_per_update=args.prompts,
+        group_size=args.group_size,
+        draws=1,
+        finetune="full",
+        micro_batch=72,
+        rollout_batch=48,
+        mixed_precision="auto",
+        eval_prompts=None,
+    )
+    trainer = CRDTrainer(args=config)
+    times = [t for t in trainer.sigmas[:-1].tolist() if t > 0.01]
+    batches = [list(gradients(trainer, number, times)) for number in range(args.batches)]
+    print(f"{args.batches} batches of {args.prompts} x {args.group_size} images\n")
+    print("| t | policy: total | signal | share | KL: total | signal | share |")
+    print("|---|---|---|---|---|---|---|")
+    for column, t in enumerate(times):
+        cells = []
+        for kind in ("policy", "kl"):
+            found = [batch[column][kind] for batch in batches]
+            total = sum(float(g @ g) for g in found) / len(found)
+            pairs = [float(a @ b) for a, b in itertools.combinations(found, 2)]
+            signal = sum(pairs) / len(pairs)
+            cells.append(f"{total:.1e} | {signal:.1e} | {signal / total:.2f}")
+        print(f"| {t:.2f} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
