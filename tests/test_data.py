@@ -109,14 +109,3 @@ def test_batch_groups_images_and_repeats_columns() -> None:
     assert len(set(batch.image_seed)) == 6
     assert prompt_batch(dataset, [1, 0, 1], 2, 0, "rollout", 5).image_seed == batch.image_seed
     assert set(prompt_batch(dataset, [1, 0, 1], 2, 0, "rollout", 6).image_seed).isdisjoint(batch.image_seed)
-
-
-def test_prompt_files_that_cannot_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "p.txt"
-    path.write_bytes(b"a \xff")
-    with pytest.raises(CRDError, match="is not UTF-8 text"):
-        load_prompts(path)
-    path.unlink()
-    path.symlink_to("/proc/self/mem")  # a file whose reading fails, for root too
-    with pytest.raises(CRDError, match="cannot read the prompt file"):
-        load_prompts(path)

@@ -1,0 +1,34 @@
+"""Files that people write: the same complaints for configurations and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crd.config_io import load_config
+from crd.data import load_prompts
+from crd.errors import CRDError
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "kind", "missing"),
+    [
+        (load_config, "run.yaml", "configuration", "no configuration at"),
+        (load_prompts, "p.txt", "prompt file", "no prompt file at"),
+    ],
+)
+def test_files_that_cannot_be_read(
+    tmp_path: Path, load: Callable[[Path], object], name: str, kind: str, missing: str
+) -> None:
+    path = tmp_path / name
+    with pytest.raises(CRDError, match=missing):
+        load(path)
+    path.write_bytes(b"model: \xff\xfe\n")
+    with pytest.raises(CRDError, match="is not UTF-8 text"):
+        load(path)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a file whose reading fails, for root too
+    with pytest.raises(CRDError, match=f"cannot read the {kind}"):
+        load(path)
