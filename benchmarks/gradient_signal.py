@@ -11,6 +11,7 @@ batch's gradient that other batches agree with. The KL term is measured in the s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -19,49 +20,34 @@ from torch import Tensor
 
 from crd.advantages import group_advantages, kl_gate
 from crd.config import CRDConfig
-from crd.data import epoch_order, prompt_batch
-from crd.evaluation import SamplingSettings, draw
+from crd.objectives.base import Rows
+from crd.objectives.crd import CRD
 from crd.optimizer_batch import RowVelocities, build_rows
-from crd.snapshots import SAMPLER
 from crd.trainer import CRDTrainer
 
 
 def gradients(trainer: CRDTrainer, number: int, times: list[float]) -> Iterator[dict[str, Tensor]]:
     """Gradient of both terms at each t, on the images of batch `number`."""
-    config = trainer.args
-    count = config.prompts_per_update
-    indices = epoch_order(len(trainer.train_data), number * count, count, config.seed)
-    batch = prompt_batch(trainer.train_data, indices, config.group_size, config.seed, "rollout", number)
-    settings = SamplingSettings(config.rollout_steps, 1.0, config.rollout_batch, None, None)
-    with trainer.snapshots.use(SAMPLER) as sampler:
-        rollout = draw(trainer.backbone, sampler, trainer.engine, batch, settings, trainer.uncond, "rollout")
+    rollout = trainer.rollout(number)
+    batch = rollout.batch
     rewards = trainer.rewards.score(rollout.images, batch.prompts, batch.columns)
     advantages = group_advantages(rewards.total, batch.group_id)
-    gate = kl_gate("reward", rewards.total, advantages.advantage, config.kl_reward_range)
+    gate = kl_gate("reward", rewards.total, advantages.advantage, trainer.args.kl_reward_range)
     rows = build_rows(rewards, advantages, gate, batch.group_id, torch.arange(len(batch)), 1)
+    settings = trainer.args.objective_config()
+    without_kl = CRD(dataclasses.replace(settings, kl_max=0.0))
     for t in times:
-        velocities = RowVelocities(
-            backbone=trainer.backbone, snapshots=trainer.snapshots, engine=trainer.engine, rollout=rollout, rows=rows,
-            t=torch.full((len(batch),), t), needs=trainer.objective.needs, uncond=trainer.uncond,
-            anchor_guidance=config.anchor_guidance, cache=True, name=(config.seed, number, str(t)),
-        )  # fmt: skip
-        yield {
-            # d/dR of loss_scale / β mean (β R_c - A_c)² at R = 0, A already centered around 1/2.
-            "policy": _gradient(
-                trainer, velocities, "implicit_reward", -2 * config.loss_scale * (rows.advantage - 0.5)
-            ),
-            "kl": _gradient(trainer, velocities, "kl", config.kl_max * rows.kl_gate),
-        }
+        velocities = trainer.velocities(rollout, rows, torch.full((len(batch),), t), trainer.args.seed, number, str(t))
+        policy = _gradient(trainer, without_kl, velocities, rows)
+        yield {"policy": policy, "kl": _gradient(trainer, CRD(settings), velocities, rows) - policy}
 
 
-def _gradient(trainer: CRDTrainer, velocities: RowVelocities, term: str, slope: Tensor) -> Tensor:
+def _gradient(trainer: CRDTrainer, objective: CRD, velocities: RowVelocities, rows: Rows) -> Tensor:
     parameters = list(trainer.snapshots.parameters())
     for parameter in parameters:
         parameter.grad = None
-    for chunk in torch.arange(len(slope)).split(trainer.args.micro_batch):
-        terms = trainer.objective.terms(velocities(chunk))
-        (slope[chunk] * terms[term]).sum().div(len(slope)).backward()
-    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).clone()
+    trainer.engine.backward(objective, velocities, rows, trainer.args.micro_batch)
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
 def main() -> None:

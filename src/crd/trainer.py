@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from crd.advantages import group_advantages, kl_gate
 from crd.backbones import Backbone
@@ -24,6 +25,7 @@ from crd.export import export_lora, export_pipeline
 from crd.flow import draw_timesteps
 from crd.loading import build_optimizer, build_snapshots, checkpoint_number, training_backbone
 from crd.objectives import objective_class
+from crd.objectives.base import Rows
 from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
 from crd.records import RewardOutput, Rollout
 from crd.rewards import RewardFunction, RewardSet
@@ -179,16 +181,9 @@ class CRDTrainer:
 
     def update(self) -> dict[str, float]:
         """One update of the method: images from `sampler`, rewards, advantages, optimizer steps, snapshots."""
-        config, number = self.args, self.progress.updates_done
-        indices = epoch_order(
-            len(self.train_data), number * config.prompts_per_update, config.prompts_per_update, config.seed
-        )
-        batch = prompt_batch(self.train_data, indices, config.group_size, config.seed, "rollout", number)
-        settings = SamplingSettings(
-            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width
-        )
-        with self.snapshots.use(SAMPLER if config.decouple_sampler else OLD) as sampler:
-            rollout = draw(self.backbone, sampler, self.engine, batch, settings, self.uncond, "rollout")
+        config = self.args
+        rollout = self.rollout(self.progress.updates_done)
+        batch = rollout.batch
         rewards = self.rewards.score(rollout.images, batch.prompts, batch.columns)
         metrics = self._optimize(rollout, rewards)
         self.snapshots.advance(OLD, metrics["old_decay"])
@@ -197,6 +192,35 @@ class CRDTrainer:
         self.progress.updates_done += 1
         self.progress.images_drawn += len(batch)
         return {**metrics, "images": float(self.progress.images_drawn)}
+
+    def rollout(self, number: int) -> Rollout:
+        """Images of update `number`, from `sampler`."""
+        config = self.args
+        indices = epoch_order(
+            len(self.train_data), number * config.prompts_per_update, config.prompts_per_update, config.seed
+        )
+        batch = prompt_batch(self.train_data, indices, config.group_size, config.seed, "rollout", number)
+        settings = SamplingSettings(
+            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width
+        )
+        with self.snapshots.use(SAMPLER if config.decouple_sampler else OLD) as sampler:
+            return draw(self.backbone, sampler, self.engine, batch, settings, self.uncond, "rollout")
+
+    def velocities(self, rollout: Rollout, rows: Rows, t: Tensor, *name: int | str) -> RowVelocities:
+        """What the engine calls: velocities of all roles at `rows`, noised to `t` (N,) by noise called `name`."""
+        return RowVelocities(
+            backbone=self.backbone,
+            snapshots=self.snapshots,
+            engine=self.engine,
+            rollout=rollout,
+            rows=rows,
+            t=t,
+            needs=self.objective.needs,
+            uncond=self.uncond,
+            anchor_guidance=self.args.anchor_guidance,
+            cache=self.args.cache_references,
+            name=name,
+        )
 
     def _optimize(self, rollout: Rollout, rewards: RewardOutput) -> dict[str, float]:
         """The optimizer steps of one update, each on whole groups; mean metrics over the steps."""
@@ -213,19 +237,7 @@ class CRDTrainer:
             images = torch.isin(group_id, groups).nonzero()[:, 0]
             rows = build_rows(rewards, advantages, gate, group_id, images, draws.count)
             name = (config.seed, "train", number, step)
-            velocities = RowVelocities(
-                backbone=self.backbone,
-                snapshots=self.snapshots,
-                engine=self.engine,
-                rollout=rollout,
-                rows=rows,
-                t=draw_times(draws, self.sigmas, rows, *name),
-                needs=self.objective.needs,
-                uncond=self.uncond,
-                anchor_guidance=config.anchor_guidance,
-                cache=config.cache_references,
-                name=name,
-            )
+            velocities = self.velocities(rollout, rows, draw_times(draws, self.sigmas, rows, *name), *name)
             warm = min(1.0, (self.progress.optimizer_steps + 1) / (config.warmup_steps + 1))
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * warm

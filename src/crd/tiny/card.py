@@ -23,7 +23,7 @@ from crd.backbones import load_backbone
 from crd.data import load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import EvalResult, SamplingSettings, draw
+from crd.evaluation import EvalResult, SamplingSettings, draw, encode_prompts
 from crd.tiny.evaluation import STEPS, evaluate_scales, scales_grid
 from crd.tiny.pretrain import CAPTION_DROPOUT, CAPTION_NOISE
 from crd.tiny.render import FONTS, LEVELS
@@ -42,7 +42,7 @@ LICENCES = {
 def sampling_speed(folder: Path) -> float:
     """Images per second at 10 steps without guidance, decoding included."""
     backbone, engine = load_backbone(folder), Engine("auto", "cpu")
-    dataset, uncond = load_prompts("world:test:96"), backbone.encode([""])
+    dataset, uncond = load_prompts("world:test:96"), encode_prompts(backbone, engine, [""])
     batch = prompt_batch(dataset, range(96), 1, 0, "speed")
     best = 0.0
     for _ in range(3):

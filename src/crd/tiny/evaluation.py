@@ -9,7 +9,7 @@ from PIL import Image
 from crd.backbones import load_backbone
 from crd.data import load_prompts
 from crd.engine import Engine
-from crd.evaluation import EvalResult, SamplingSettings, evaluate
+from crd.evaluation import EvalResult, SamplingSettings, encode_prompts, evaluate
 from crd.grid import GridRow, draw_grid
 from crd.rewards import RewardSet
 
@@ -20,7 +20,7 @@ ROW_LENGTH = 12
 def evaluate_scales(folder: Path, prompts: str, scales: tuple[float, ...]) -> dict[float, EvalResult]:
     """Held-out OCR reward of a pipeline folder at each guidance scale, same noise; on the CPU."""
     backbone, engine = load_backbone(folder), Engine("auto", "cpu")
-    dataset, rewards, uncond = load_prompts(prompts), RewardSet(["ocr"]), backbone.encode([""])
+    dataset, rewards, uncond = load_prompts(prompts), RewardSet(["ocr"]), encode_prompts(backbone, engine, [""])
     found = {}
     for scale in scales:
         settings = SamplingSettings(STEPS, scale, 32, None, None)
