@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from crd.data import PromptDataset, epoch_order, load_prompts, prompt_batch
 from crd.errors import CRDError
+from crd.geneval.metadata import TASKS, Metadata, parse_metadata
+from crd.geneval.prompts import is_held_out, scene_key
+from crd.prompt_sources import interleave
 from crd.tiny.vocabulary import is_test_word
 
 
@@ -21,7 +25,7 @@ def test_text_files_hold_a_prompt_a_line(tmp_path: Path) -> None:
 
 def test_jsonl_columns_keep_their_values(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    records = [{"prompt": "a", "target": {"n": 1}}, {"prompt": "b", "target": None}]
+    records: list[dict[str, Any]] = [{"prompt": "a", "target": {"n": 1}}, {"prompt": "b", "target": None}]
     path.write_text("\n\n".join(json.dumps(record) for record in records))
     dataset = load_prompts(str(path))
     assert dataset.prompts == ("a", "b")
@@ -38,6 +42,71 @@ def test_world_prompts_have_quoted_words_of_their_split() -> None:
     assert load_prompts("world:train") == load_prompts("world:train")
 
 
+def metadata_of(dataset: PromptDataset) -> list[Metadata]:
+    assert set(dataset.columns) == {"tag", "include", "exclude"}
+    return [
+        parse_metadata({"prompt": prompt, **{name: values[i] for name, values in dataset.columns.items()}}, "here")
+        for i, prompt in enumerate(dataset.prompts)
+    ]
+
+
+def test_scene_prompts_carry_what_to_draw() -> None:
+    train, test = metadata_of(load_prompts("scenes:train")), metadata_of(load_prompts("scenes:test:60"))
+    assert (len(train), len(test)) == (512, 60)
+    assert not any(map(is_held_out, train))
+    assert Counter(metadata.tag for metadata in test) == dict.fromkeys(TASKS, 10)
+    assert load_prompts("scenes:train:9") == load_prompts("scenes:train:9")
+
+
+def test_geneval_training_has_no_scene_of_the_suite() -> None:
+    train, test = metadata_of(load_prompts("geneval:train:3000")), metadata_of(load_prompts("geneval:test"))
+    assert len(train) == 3000
+    assert {scene_key(metadata) for metadata in train}.isdisjoint(scene_key(metadata) for metadata in test)
+    part = metadata_of(load_prompts("geneval:test:30"))
+    assert set(part) < set(test)
+    assert set(Counter(metadata.tag for metadata in part).values()) <= {4, 5, 6}
+
+
+def test_benchmark_files_become_columns(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation_metadata.jsonl"
+    # The form of the published file: `exclude` in counting records alone.
+    path.write_text(
+        '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n'
+        '{"tag": "counting", "include": [{"class": "bus", "count": 2}], "exclude": [{"class": "bus", "count": 3}], '
+        '"prompt": "a photo of two buss"}\n'
+    )
+    dataset = load_prompts(path)
+    assert dataset.columns["exclude"] == ((), [{"class": "bus", "count": 3}])
+    assert dataset.columns["tag"] == ("single_object", "counting")
+    assert dataset.columns["include"][0] == [{"class": "bench", "count": 1}]
+
+
+def test_joined_sources_are_interleaved(tmp_path: Path) -> None:
+    joined = load_prompts("world:train:6+scenes:train:3")
+    world, scenes = load_prompts("world:train:6"), load_prompts("scenes:train:3")
+    assert len(joined) == 9
+    assert [prompt in world.prompts for prompt in joined.prompts] == [True, False, True] * 3
+    assert tuple(prompt for prompt in joined.prompts if prompt in scenes.prompts) == scenes.prompts
+    assert [tag is None for tag in joined.columns["tag"]] == [True, False, True] * 3
+    path = tmp_path / "a+b.txt"
+    path.write_text("one\ntwo\n")
+    assert load_prompts(str(path)).prompts == ("one", "two")
+    other = tmp_path / "c.jsonl"
+    other.write_text('{"prompt": "three", "n": 3}')
+    assert load_prompts(f"{other}+world:train:1").columns == {"n": (3, None)}
+
+
+@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=4))
+def test_interleaving_keeps_order_and_proportions(sizes: list[int]) -> None:
+    parts = [[(part, i) for i in range(size)] for part, size in enumerate(sizes)]
+    merged = interleave(parts)
+    for part, items in enumerate(parts):
+        assert [item for item in merged if item[0] == part] == items
+        for length in range(len(merged)):
+            taken = sum(item[0] == part for item in merged[:length])
+            assert abs(taken - length * len(items) / len(merged)) <= len(parts) / 2 + 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -47,6 +116,9 @@ def test_world_prompts_have_quoted_words_of_their_split() -> None:
         ("p.jsonl", '{"prompt": "a"}\n\n["b"]', "line 3 must be an object"),
         ("p.jsonl", '{"prompt": 3}', 'string "prompt"'),
         ("p.jsonl", '{"prompt": "a", "x": 1}\n{"prompt": "b"}', "record 2 lacks 'x'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "tag": "x", "include": []}', "p.jsonl line 2: include is empty"),
+        ("p.jsonl", '{"prompt": "b", "tag": "x", "include": [{"class": "cat"}]}', "p.jsonl line 1: .* count"),
+        ("p.jsonl", '{"prompt": "b", "tag": "x", "include": [{}], "exlude": []}', "unknown key 'exlude'"),
     ],
 )
 def test_files_that_do_not_fit(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -64,6 +136,12 @@ def test_files_that_do_not_fit(name: str, text: str, message: str, tmp_path: Pat
         ("world:valid", "world:test:COUNT"),
         ("world:test:0", "world:test:COUNT"),
         ("world:test:1:2", "world:test:COUNT"),
+        ("scenes:", "scenes:test:COUNT"),
+        ("geneval:train:²", "geneval:test:COUNT"),
+        ("geneval:test:9999", "ask for fewer"),
+        ("world:train:2+", "empty part"),
+        ("world:train:2+scenes:no", "scenes:test:COUNT"),
+        ("scene:train", "no prompt file at scene:train; give a .txt, a .jsonl or world:train, scenes:train"),
         ([], "no prompts"),
         ([1], "record 1"),
         ([{"prompt": "a"}, {"text": "b"}], "record 2"),

@@ -232,9 +232,9 @@ def test_resolve_names_paths_and_callables(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_unknown_name_lists_the_known_and_the_nearest() -> None:
-    with pytest.raises(CRDError, match="unknown reward 'orc'; known: ocr; did you mean 'ocr'"):
+    with pytest.raises(CRDError, match="unknown reward 'orc'; known: geneval, .*, ocr; did you mean 'ocr'"):
         resolve("orc")
-    with pytest.raises(CRDError, match="known: ocr; a custom reward is written"):
+    with pytest.raises(CRDError, match="known: .*; a custom reward is written"):
         resolve("aesthetics")
     with pytest.raises(CRDError, match="give both parts"):
         resolve("module:")
@@ -270,6 +270,6 @@ def test_self_test_refuses_constant_and_broken_scorers() -> None:
 
 def test_prompts_a_reward_cannot_score_are_refused_at_load_time() -> None:
     rewards = RewardSet([redness, "ocr"])
-    rewards.check_prompts(['a sign "A"'])
+    rewards.check_prompts(['a sign "A"'], {})
     with pytest.raises(CRDError, match="'a bare sign' has no text between double quotes"):
-        rewards.check_prompts(['a sign "A"', "a bare sign"])
+        rewards.check_prompts(['a sign "A"', "a bare sign"], {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from crd.centering import center
 from crd.errors import CRDError
 
 KL_GATES = ("reward", "advantage", "constant")
+NORMALIZATIONS = ("none", "group")
 
 # A sum of weighted rewards may end a few roundings beside its range; more than this is a wrong range.
 _RANGE_SLACK = 1e-6
@@ -73,6 +75,41 @@ def group_advantages(rewards: Tensor, group_id: Tensor, *, clip: float = 5.0, ep
         zero_variance_groups=int((~has_signal).sum()),
         groups=len(distinct),
     )
+
+
+def group_normalized(
+    columns: Mapping[str, Tensor], weights: Mapping[str, float], group_id: Tensor, *, eps: float = 1e-4
+) -> Tensor:
+    """Several rewards on one scale: each normalised within its group, then summed with its weight.
+
+        z_i = Σ_j weight_j (r_ij - mean_group r_j) / (std_group r_j + eps),    j over the rewards that apply to image i
+
+    A plain weighted sum is led by the reward that varies most; here every reward has an equal say per unit of weight,
+    in every group. The price: a group of nearly equal rewards counts like any other, down to `eps`.
+
+    Args:
+        columns: name -> (B,) scores, NaN where a reward does not apply.
+        weights: name -> weight.
+        group_id: (B,) int64.
+        eps: added to each deviation.
+
+    Returns:
+        (B,) float64; exactly 0 where all scores of a group are the same number.
+    """
+    total = torch.zeros(len(group_id), dtype=torch.float64)
+    for name, scores in columns.items():
+        rows = (~scores.isnan()).nonzero()[:, 0]
+        if weights[name] == 0 or not len(rows):
+            continue
+        values, (_, group) = scores[rows].double(), torch.unique(group_id[rows], return_inverse=True)
+        centered = center(values, group)
+        size = torch.bincount(group).double()
+        deviation = (torch.zeros_like(size).index_add(0, group, centered**2) / size).sqrt()
+        spread = torch.zeros_like(size).scatter_reduce(0, group, values, "amax", include_self=False)
+        spread -= torch.zeros_like(size).scatter_reduce(0, group, values, "amin", include_self=False)
+        scaled = torch.where(spread[group] > 0, centered / (deviation[group] + eps), torch.zeros_like(centered))
+        total[rows] += weights[name] * scaled
+    return total
 
 
 def kl_gate(kind: str, rewards: Tensor, advantage: Tensor, reward_range: tuple[float, float]) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from crd.advantages import KL_GATES
+from crd.advantages import KL_GATES, NORMALIZATIONS
 from crd.errors import CRDError
 from crd.flow import TIMESTEP_MODES
 from crd.objectives import objective_class
@@ -38,7 +38,8 @@ class CRDConfig:
     model: str = "tiny-sd3"
     rewards: tuple[str, ...] = ("ocr",)
     reward_weights: tuple[float, ...] | None = None  # None = 1 each
-    prompts: str = "world:train"  # .txt, .jsonl or world:train
+    reward_normalization: str = "none"  # "group": each reward is normalised within its group before the sum
+    prompts: str = "world:train"  # .txt, .jsonl, world:train, scenes:train, geneval:train; A+B; A@REWARD
     eval_prompts: str | None = "world:test:64"
     output_dir: str = "runs/crd"
     seed: int = 0
@@ -125,6 +126,7 @@ class CRDConfig:
     def __post_init__(self) -> None:
         _check_choice("timesteps", self.timesteps, TIMESTEP_MODES)
         _check_choice("kl_gate", self.kl_gate, KL_GATES)
+        _check_choice("reward_normalization", self.reward_normalization, NORMALIZATIONS)
         _check_choice("finetune", self.finetune, ("lora", "full"))
         if self.mixed_precision == "fp16":
             raise CRDError("mixed_precision=fp16 is not resumable exactly yet (its loss scale is not saved); use bf16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 
 from crd.errors import CRDError
+from crd.geneval.metadata import parse_metadata
+from crd.geneval.prompts import to_columns
+from crd.prompt_sources import SOURCES, generated_records, interleave, is_generated
 from crd.records import PromptBatch
 from crd.seeds import derive_seed, generator
 from crd.text_files import read_text
-from crd.tiny.vocabulary import prompts as world_prompts
-
-WORLD_PROMPTS = 512
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,51 @@ Prompts = PromptDataset | Sequence[str] | Sequence[Mapping[str, Any]] | str | Pa
 
 
 def load_prompts(source: Prompts) -> PromptDataset:
-    """Prompts from a .txt (one a line), a .jsonl (`prompt` plus columns), `world:train`, or Python values.
+    """Prompts from a file, a generator, several of these joined by "+", or Python values.
 
     Args:
-        source: `world:SPLIT[:COUNT]` is the generator of the bundled world, SPLIT train or test.
+        source: a .txt (one prompt a line); a .jsonl (`prompt` plus columns; records with `tag` and `include` are
+            GenEval's and checked as such); `NAME:SPLIT[:COUNT]`, NAME world, scenes or geneval, SPLIT train or test;
+            `A+B`, evenly interleaved, a column that one of them lacks being None there; `SOURCE@REWARD[,REWARD]`,
+            judged by these rewards alone; strings or records.
 
     Raises:
         CRDError: no such file, an empty one, or a line that does not fit.
     """
     if isinstance(source, PromptDataset):
         return source
-    if isinstance(source, (str, Path)):
-        if str(source).startswith("world:"):
-            return _from_records([{"prompt": p} for p in _world(str(source))], str(source))
-        return _from_records(_read_file(Path(source)), str(source))
-    records = [_record(number, item) for number, item in enumerate(source, start=1)]
-    return _from_records(records, "the dataset")
+    if isinstance(source, Path):
+        return _load_one(str(source))
+    if not isinstance(source, str):
+        return _from_records([_record(number, item) for number, item in enumerate(source, start=1)], "the dataset")
+    # A "+" may also be part of a file's name.
+    if "+" not in source or os.path.isfile(source):
+        return _load_one(source)
+    parts = source.split("+")
+    if not all(parts):
+        raise CRDError(f"joined prompts must be SOURCE+SOURCE, got {source!r}; remove the empty part")
+    return _join([_load_one(part) for part in parts])
+
+
+def _load_one(source: str) -> PromptDataset:
+    place, at, rewards = source.rpartition("@")
+    if at and not os.path.isfile(source):
+        names = rewards.split(",")
+        if not place or not all(names):
+            raise CRDError(f"prompts for some rewards must be SOURCE@REWARD or SOURCE@REWARD,REWARD, got {source!r}")
+        dataset = _load_one(place)
+        return PromptDataset(dataset.prompts, {**dataset.columns, "rewards": (names,) * len(dataset)})
+    return _from_records(generated_records(source) if is_generated(source) else _read_file(Path(source)), source)
+
+
+def _join(parts: Sequence[PromptDataset]) -> PromptDataset:
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    return PromptDataset(
+        prompts=tuple(interleave([part.prompts for part in parts])),
+        columns={
+            name: tuple(interleave([part.columns.get(name, (None,) * len(part)) for part in parts])) for name in names
+        },
+    )
 
 
 def _record(number: int, item: Any) -> dict[str, Any]:
@@ -60,16 +90,8 @@ def _record(number: int, item: Any) -> dict[str, Any]:
     return dict(item)
 
 
-def _world(source: str) -> list[str]:
-    _, split, *rest = source.split(":")
-    count = rest[0] if rest else str(WORLD_PROMPTS)
-    if split not in ("train", "test") or len(rest) > 1 or not count.isdigit() or int(count) < 1:
-        raise CRDError(f"world prompts must be world:train, world:test or world:test:COUNT, got {source!r}")
-    return world_prompts(split, int(count))
-
-
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    missing = f"no prompt file at {path}; give a .txt, a .jsonl or world:train"
+    missing = f"no prompt file at {path}; give a .txt, a .jsonl or {', '.join(f'{name}:train' for name in SOURCES)}"
     lines = read_text(path, "prompt file", missing).splitlines()
     if path.suffix == ".txt":
         return [{"prompt": line.strip()} for line in lines if line.strip()]
@@ -85,6 +107,8 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
             raise CRDError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise CRDError(f'{path} line {number} must be an object with a string "prompt", got {line[:80]!r}')
+        if "tag" in record and "include" in record:
+            record = to_columns(parse_metadata(record, f"{path} line {number}"))
         records.append(record)
     return records
 

@@ -68,7 +68,11 @@ class RewardOutput:
 
     def metrics(self) -> dict[str, float]:
         """Mean total and, by name, the mean of each reward where it applies."""
-        columns = {f"reward_{name}": float(values.nanmean()) for name, values in self.columns.items()}
+        columns = {
+            f"reward_{name}": float(values.nanmean())
+            for name, values in self.columns.items()
+            if not values.isnan().all()
+        }
         return {"reward": float(self.total.mean()), **columns}
 
 

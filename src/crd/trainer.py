@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from crd.advantages import group_advantages, kl_gate
+from crd.advantages import group_advantages, group_normalized, kl_gate
 from crd.backbones import Backbone
 from crd.checkpoint import CheckpointFolder
 from crd.config import CRDConfig
@@ -74,7 +74,7 @@ class CRDTrainer:
         for dataset in (self.train_data, self.eval_data):
             if dataset is not None:
                 self.rewards.check_columns(dataset.columns)
-                self.rewards.check_prompts(dataset.prompts)
+                self.rewards.check_prompts(dataset.prompts, dataset.columns)
         if config.eval_base_guidance and self.eval_data is None:
             raise CRDError("eval_base_guidance needs evaluation prompts, got none; set eval_prompts, or leave it out")
         self.engine = Engine(config.mixed_precision, config.device)
@@ -226,7 +226,10 @@ class CRDTrainer:
         """The optimizer steps of one update, each on whole groups; mean metrics over the steps."""
         config, number = self.args, self.progress.updates_done
         group_id = rollout.batch.group_id
-        advantages = group_advantages(rewards.total, group_id, clip=config.advantage_clip)
+        signal = rewards.total
+        if config.reward_normalization == "group":
+            signal = group_normalized(rewards.columns, self.rewards.weights, group_id)
+        advantages = group_advantages(signal, group_id, clip=config.advantage_clip)
         # Without an anchor nothing reads the gate, so rewards need no range.
         kind = config.kl_gate if config.kl_max > 0 else "constant"
         gate = kl_gate(kind, rewards.total, advantages.advantage, config.kl_reward_range)

@@ -6,10 +6,12 @@ its signature names (all of them if it takes `**columns`). It returns B numbers,
 
 - `score_range = (low, high)`: a score outside is an error, and it is the scale a report may draw;
 - `check_prompts(prompts)`: called when prompts are loaded; raises `CRDError` for one it cannot score;
+- `check_columns(prompts, columns)`: the same with the dataset columns it takes;
 - `self_test()`: called before step 0; raises `CRDError` if the scorer is broken; may return sample scores,
   which must then differ.
 
-A failing reward stops the run: a score invented in its place would be trained on.
+A failing reward stops the run: a score invented in its place would be trained on. The dataset column `rewards` says
+which rewards are asked about a prompt (a list of names; None or no such column: all).
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from crd.rewards.values import score_list
 __all__ = ["RewardFunction", "RewardSet", "WeightedReward", "resolve"]
 
 RewardFunction = Callable[..., Any]
+# The dataset column that names the rewards which judge a prompt; no reward takes it as its own.
+ASKED = "rewards"
 
 
 @runtime_checkable
@@ -42,6 +46,11 @@ class _SelfTesting(Protocol):
 @runtime_checkable
 class _PromptChecking(Protocol):
     def check_prompts(self, prompts: Sequence[str]) -> None: ...
+
+
+@runtime_checkable
+class _ColumnChecking(Protocol):
+    def check_columns(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None: ...
 
 
 @runtime_checkable
@@ -97,6 +106,11 @@ class RewardSet:
             if names.count(name) > 1:
                 raise CRDError(f"two rewards are named {name!r}; rename one (its `__name__` is the name)")
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each reward by name."""
+        return {reward.name: reward.weight for reward in self.rewards}
+
     def check_columns(self, available: Iterable[str]) -> None:
         """Refuse, at load time, a dataset that lacks a column some reward requires.
 
@@ -110,15 +124,31 @@ class RewardSet:
         for use in self._uses:
             use.check(columns)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse, at load time, a prompt that some reward cannot score.
+    def check_prompts(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Refuse, at load time, a prompt that some reward asked about it cannot score.
 
         Raises:
-            CRDError: from the reward's own `check_prompts`, naming the prompt.
+            CRDError: from the reward's own `check_prompts`, naming the prompt; or a prompt names an unknown reward.
         """
         for reward in self.rewards:
+            asked = self._asked(reward.name, prompts, columns)
+            chosen = [prompts[i] for i in asked]
             if isinstance(reward.function, _PromptChecking):
-                reward.function.check_prompts(prompts)
+                reward.function.check_prompts(chosen)
+            if isinstance(reward.function, _ColumnChecking):
+                reward.function.check_columns(chosen, _rows(columns, asked))
+
+    def _asked(self, name: str, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[int]:
+        """Indices of the images that reward `name` is asked about."""
+        chosen = columns.get(ASKED, [None] * len(prompts))
+        known = [reward.name for reward in self.rewards]
+        for names, prompt in zip(chosen, prompts, strict=True):
+            if names is not None and (isinstance(names, str) or not set(names) <= set(known)):
+                raise CRDError(
+                    f"column {ASKED!r} of prompt {quote(prompt)} must list rewards of this run ({', '.join(known)}), "
+                    f"got {names!r:.60}; correct it"
+                )
+        return [index for index, names in enumerate(chosen) if names is None or name in names]
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -145,7 +175,11 @@ class RewardSet:
         if not images:
             return RewardOutput(total, {reward.name: total.clone() for reward in self.rewards})
         for reward, use in zip(self.rewards, self._uses, strict=True):
-            scores = _scores_of(reward, use, images, prompts, columns)
+            scores = torch.full((len(images),), math.nan, dtype=torch.float64)
+            asked = self._asked(reward.name, prompts, columns)
+            if asked:
+                chosen = [images[i] for i in asked], [prompts[i] for i in asked], _rows(columns, asked)
+                scores[asked] = _scores_of(reward, use, *chosen)
             applies = ~scores.isnan()
             scored[reward.name] = scores
             total += reward.weight * scores.nan_to_num(nan=0.0)
@@ -154,8 +188,8 @@ class RewardSet:
         if not counted.all():
             index = int((~counted).nonzero()[0])
             raise CRDError(
-                f"no reward with a weight applies to image {index} (prompt {quote(prompts[index])}), "
-                "all returned None; remove the prompt or add a reward that scores it"
+                f"no reward with a weight applies to image {index} (prompt {quote(prompts[index])}); "
+                "remove the prompt or add a reward that scores it"
             )
         return RewardOutput(total, scored)
 
@@ -189,6 +223,11 @@ def _check_lengths(count: int, prompts: Sequence[str], columns: Mapping[str, Seq
     for name, values in {"prompts": prompts, **columns}.items():
         if len(values) != count:
             raise ValueError(f"{name} must hold one entry per image ({count}), got {len(values)}")
+
+
+def _rows(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+    """The dataset columns of some images, without the one that is not the rewards' own."""
+    return {name: [values[i] for i in indices] for name, values in columns.items() if name != ASKED}
 
 
 def _scores_of(

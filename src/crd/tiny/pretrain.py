@@ -34,7 +34,9 @@ from crd.memory import keep_freed_memory
 from crd.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from crd.tiny.architecture import build_pipeline, encode_captions
 from crd.tiny.evaluation import evaluate_scales, scales_grid
-from crd.tiny.render import LEVELS, Level, Scene, random_scene, render
+from crd.tiny.render import LEVELS, Level, random_scene, render
+from crd.tiny.scene_prompts import pretraining_prompt
+from crd.tiny.scenes import render_scene, scene_for
 
 CAPTION_DROPOUT = 0.12
 # Share of the cooldown's captions that belong to another picture of the batch, as in data from the web. Without
@@ -58,6 +60,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--climb-at", type=float, default=0.3, help="held-out reward at which the curriculum climbs")
     parser.add_argument("--top-level", type=int, default=len(LEVELS) - 1)
     parser.add_argument("--start-level", type=int, default=0, help="enter the curriculum at this level or above")
+    parser.add_argument(
+        "--scenes", type=float, default=0.5, help="share of pictures of objects; the others show a word"
+    )
     parser.add_argument("--eval-every", type=int, default=40_000, help="images between two evaluations")
     parser.add_argument("--save-every", type=int, default=20_000, help="images between two saved states")
     parser.add_argument("--seed", type=int, default=0)
@@ -67,12 +72,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def draw_batch(rng: np.random.Generator, size: int, level: Level) -> tuple[Tensor, list[str]]:
-    """Images (B, 3, 64, 64) in [-1, 1] and their captions."""
-    scenes: list[Scene] = [random_scene(rng, level) for _ in range(size)]
-    pixels = np.stack([render(scene) for scene in scenes])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-    return images, [scene.caption() for scene in scenes]
+def draw_batch(rng: np.random.Generator, size: int, level: Level, scenes: float) -> tuple[Tensor, list[str]]:
+    """Images (B, 3, 64, 64) in [-1, 1] and their captions; a share `scenes` shows objects, the others a word."""
+    pixels, captions = [], []
+    for _ in range(size):
+        if rng.random() < scenes:
+            wanted = pretraining_prompt(rng)
+            pixels.append(render_scene(scene_for(wanted, rng)))
+            captions.append(wanted.prompt)
+        else:
+            word = random_scene(rng, level)
+            pixels.append(render(word))
+            captions.append(word.caption())
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return images, captions
 
 
 def build_optimizers(
@@ -176,7 +189,7 @@ def train_vae(args: argparse.Namespace, pipe: Any) -> None:
     started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
     while images < args.vae_images:
         rng = np.random.default_rng((args.seed, 1, images))
-        pixels, _ = draw_batch(rng, args.batch, LEVELS[-1])
+        pixels, _ = draw_batch(rng, args.batch, LEVELS[-1], args.scenes)
         if images < 0.85 * args.vae_images:  # crops cost a quarter; the last part sees whole pictures
             top, left = rng.integers(0, pixels.shape[-1] - VAE_CROP, 2)
             pixels = pixels[:, :, top : top + VAE_CROP, left : left + VAE_CROP]
@@ -200,7 +213,7 @@ def train_vae(args: argparse.Namespace, pipe: Any) -> None:
             state.counters |= {"images": images, "seconds": time.time() - started}
             state.save()
     with torch.no_grad():
-        pixels, _ = draw_batch(np.random.default_rng((args.seed, 2)), 512, LEVELS[-1])
+        pixels, _ = draw_batch(np.random.default_rng((args.seed, 2)), 512, LEVELS[-1], args.scenes)
         latents = torch.cat([vae.encode(p.to(args.device)).latent_dist.mean.float() for p in pixels.split(64)])
     vae.register_to_config(
         scaling_factor=round(1.0 / latents.std().item(), 5), shift_factor=round(latents.mean().item(), 5)
@@ -227,7 +240,7 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
     while images < args.images:
         rng = np.random.default_rng((args.seed, 3, images))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + images)
-        pixels, captions = draw_batch(rng, args.batch, LEVELS[int(state.counters["level"])])
+        pixels, captions = draw_batch(rng, args.batch, LEVELS[int(state.counters["level"])], args.scenes)
         cooling = images >= args.images - args.cooldown
         if cooling:
             wrong = rng.random(args.batch) < CAPTION_NOISE

@@ -1,0 +1,54 @@
+"""Compositional prompts of the bundled world: the GenEval tasks over twelve classes, split into train and test."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from crd.errors import CRDError
+from crd.geneval.metadata import COLORS, TASKS, Metadata
+from crd.geneval.prompts import is_held_out, nth_prompt, prompt_count, training_prompts
+from crd.seeds import derive_seed
+
+SCENE_CLASSES = (
+    "apple", "banana", "boat", "book", "bottle", "car", "chair", "clock", "cup", "donut", "kite", "umbrella",
+)  # fmt: skip
+TEST_MIX = dict.fromkeys(TASKS, 1)
+PRETRAINING_MIX = dict.fromkeys(TASKS, 1)
+
+_SIZES = {tag: prompt_count(tag, SCENE_CLASSES) for tag in TASKS}
+_TASK_TICKETS = tuple(tag for tag, weight in PRETRAINING_MIX.items() for _ in range(weight))
+
+
+def scene_prompts(split: str, count: int, seed: int = 0) -> list[Metadata]:
+    """`count` prompts of the split "train" or "test", in random order.
+
+    Train has Flow-GRPO's mix of tasks and no prompt that `is_held_out`. Test has the six tasks in equal parts, held-out
+    prompts alone; except that the twelve single-object prompts, which cannot be held out, belong to both splits (the
+    train mix gives them the weight 0, pretraining does not). All prompts of a task occur before one occurs twice: of
+    36 counting prompts 8 are held out.
+
+    Raises:
+        CRDError: another split, or a count below 1.
+    """
+    if split not in ("train", "test"):
+        raise CRDError(f"the split of scene prompts must be train or test, got {split!r}")
+    stream = derive_seed("scenes", split, seed)
+    if split == "train":
+        return training_prompts(count, stream, SCENE_CLASSES, keep=lambda metadata: not is_held_out(metadata))
+    return training_prompts(count, stream, SCENE_CLASSES, mix=TEST_MIX, keep=_is_test)
+
+
+def _is_test(metadata: Metadata) -> bool:
+    return metadata.tag == "single_object" or is_held_out(metadata)
+
+
+def pretraining_prompt(rng: np.random.Generator | random.Random) -> Metadata:
+    """A random prompt that is not held out, the tasks in the proportions of `PRETRAINING_MIX`."""
+    below = rng.randrange if isinstance(rng, random.Random) else rng.integers
+    tag = _TASK_TICKETS[int(below(len(_TASK_TICKETS)))]
+    while True:
+        metadata = nth_prompt(tag, int(below(_SIZES[tag])), SCENE_CLASSES, COLORS)
+        if not is_held_out(metadata):
+            return metadata
