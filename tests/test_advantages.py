@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crd.advantages import group_advantages, kl_gate
+from crd.advantages import group_advantages, group_normalized, kl_gate
 from crd.errors import CRDError
 
 DOUBLE = torch.float64
@@ -81,3 +81,36 @@ def test_kl_gate_allows_rounding_but_no_wrong_range() -> None:
         kl_gate("reward", torch.tensor([1.0]), half, (1, 1))
     with pytest.raises(CRDError, match="reward, advantage, constant"):
         kl_gate("rewards", torch.tensor([1.0]), half, (0, 1))
+
+
+GROUPS = torch.tensor([8, 1, 8, 1])
+
+
+def test_group_normalized_hand_worked() -> None:
+    # Group 8 holds rows 0 and 2, group 1 rows 1 and 3. "a": (0, 2) has mean 1, deviation 1; (10, 30) mean 20, deviation
+    # 10. "b" applies to group 8 alone: (5, 1) has mean 3, deviation 2.
+    columns = {"a": torch.tensor([0.0, 10.0, 2.0, 30.0]), "b": torch.tensor([5.0, torch.nan, 1.0, torch.nan])}
+    total = group_normalized(columns, {"a": 1.0, "b": 3.0}, GROUPS, eps=0.0)
+    assert total.tolist() == pytest.approx([-1 + 3, -1, 1 - 3, 1], abs=1e-12)
+    small, large = group_normalized(columns, {"a": 1.0, "b": 0.0}, GROUPS, eps=1.0)[[0, 1]].tolist()
+    assert (small, large) == pytest.approx((-1 / 2, -10 / 11))
+
+
+def test_group_normalized_does_not_see_the_scale_of_a_reward_nor_an_offset_of_a_group() -> None:
+    torch.manual_seed(0)
+    a, b = torch.rand(12, dtype=DOUBLE), torch.rand(12, dtype=DOUBLE)
+    group = torch.arange(12) % 3
+    offset = torch.tensor([5.0, -2.0, 0.0])[group]
+    weights = {"a": 1.0, "b": 0.5}
+    plain = group_normalized({"a": a, "b": b}, weights, group, eps=0.0)
+    moved = group_normalized({"a": 100 * a + offset, "b": b / 7}, weights, group, eps=0.0)
+    torch.testing.assert_close(moved, plain)
+    order = torch.randperm(12)
+    shuffled = group_normalized({"a": a[order], "b": b[order]}, weights, group[order], eps=0.0)
+    torch.testing.assert_close(shuffled, plain[order])
+
+
+def test_group_normalized_of_equal_rewards_is_exactly_zero() -> None:
+    # The mean of three 0.1 is not 0.1 in floating point.
+    total = group_normalized({"a": torch.full((3,), 0.1, dtype=DOUBLE)}, {"a": 1.0}, torch.zeros(3, dtype=torch.int64))
+    assert total.tolist() == [0.0, 0.0, 0.0]

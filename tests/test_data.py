@@ -187,3 +187,16 @@ def test_batch_groups_images_and_repeats_columns() -> None:
     assert len(set(batch.image_seed)) == 6
     assert prompt_batch(dataset, [1, 0, 1], 2, 0, "rollout", 5).image_seed == batch.image_seed
     assert set(prompt_batch(dataset, [1, 0, 1], 2, 0, "rollout", 6).image_seed).isdisjoint(batch.image_seed)
+
+
+def test_rewards_of_a_source_are_named_behind_an_at_sign(tmp_path: Path) -> None:
+    dataset = load_prompts("world:train:2@ocr+scenes:train:2@geneval-tiny,other")
+    by_prompt = dict(zip(dataset.prompts, dataset.columns["rewards"], strict=True))
+    assert sorted(map(tuple, by_prompt.values())) == [("geneval-tiny", "other")] * 2 + [("ocr",)] * 2
+    assert all(('"' in prompt) == (names == ["ocr"]) for prompt, names in by_prompt.items())
+    odd = tmp_path / "me@home.txt"
+    odd.write_text("a\n")
+    assert load_prompts(str(odd)).columns == {}
+    for source in ("world:train:2@", "@ocr", "world:train:2@ocr,"):
+        with pytest.raises(CRDError, match="SOURCE@REWARD"):
+            load_prompts(source)

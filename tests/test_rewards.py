@@ -273,3 +273,47 @@ def test_prompts_a_reward_cannot_score_are_refused_at_load_time() -> None:
     rewards.check_prompts(['a sign "A"'], {})
     with pytest.raises(CRDError, match="'a bare sign' has no text between double quotes"):
         rewards.check_prompts(['a sign "A"', "a bare sign"], {})
+
+
+def test_a_reward_is_asked_only_about_the_prompts_that_name_it() -> None:
+    seen: list[tuple[list[str], list[int]]] = []
+
+    def picky(images: list[Image.Image], prompts: list[str], number: list[int]) -> list[float]:
+        seen.append((prompts, number))
+        return [10.0 * n for n in number]
+
+    rewards = RewardSet([redness, picky])
+    columns: dict[str, list[Any]] = {"rewards": [["redness"], None, ["picky"]], "number": [1, 2, 3]}
+    output = rewards.score(IMAGES, PROMPTS, columns)
+    assert seen == [(["second", "third"], [2, 3])]
+    assert output.total.tolist() == [1, 2 + 20, 30]
+    assert [math.isnan(value) for value in output.columns["redness"].tolist()] == [False, False, True]
+    only = rewards.score(IMAGES[:1], PROMPTS[:1], {"rewards": [["redness"]], "number": [1]})
+    assert len(seen) == 1
+    assert set(only.metrics()) == {"reward", "reward_redness"}, "a mean over no image is left out, not NaN"
+
+
+@pytest.mark.parametrize("names", [["ocr"], "redness"])
+def test_prompts_that_name_an_unknown_reward_are_refused(names: Any) -> None:
+    with pytest.raises(CRDError, match=r"column 'rewards' of prompt 'first' must list rewards of this run \(redness\)"):
+        RewardSet([redness]).check_prompts(PROMPTS, {"rewards": [names, None, None]})
+
+
+def test_prompt_checks_see_what_the_reward_is_asked_about() -> None:
+    class Strict:
+        asked: tuple[list[str], dict[str, list[Any]]]
+
+        def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
+            return [0.0] * len(images)
+
+        def check_prompts(self, prompts: list[str]) -> None:
+            assert prompts == ["third"]
+
+        def check_columns(self, prompts: list[str], columns: dict[str, list[Any]]) -> None:
+            self.asked = (prompts, columns)
+
+    strict = Strict()
+    RewardSet([redness, strict]).check_prompts(
+        PROMPTS, {"rewards": [["redness"], ["redness"], ["Strict"]], "number": [1, 2, 3]}
+    )
+    assert strict.asked == (["third"], {"number": [3]})

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_target(sample)
     sample.add_argument("--prompt", action="append", default=[], help="may be repeated")
-    sample.add_argument("--prompts", help=".txt, .jsonl or world:test:N")
+    sample.add_argument("--prompts", help=".txt, .jsonl, world:test:N, scenes:test:N or geneval:test")
     sample.add_argument("--out", default="samples.png")
     sample.add_argument("--images", type=_positive, default=1, help="images per prompt")
     sample.add_argument("--base-guidance", type=float, default=None, help="also show the base model at this CFG scale")
@@ -100,9 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         "eval", parents=[shared], allow_abbrev=False, help="rewards of a model on held-out prompts"
     )
     _add_target(evaluate)
-    evaluate.add_argument("--prompts", default="world:test:256", help=".txt, .jsonl or world:test:N")
+    evaluate.add_argument("--prompts", help=".txt, .jsonl, world:test:N, scenes:test:N or geneval:test")
     evaluate.add_argument("--reward", action="append", default=None, help="may be repeated; default ocr")
-    evaluate.add_argument("--images", type=_positive, default=1, help="images per prompt")
+    evaluate.add_argument("--benchmark", choices=("geneval",), help="instead of rewards: scores by task")
+    evaluate.add_argument("--judge", help="detector of the benchmark: tiny, tiny-transformer, mask2former or "
+                          "open-vocabulary (default: tiny for the bundled model, else mask2former)")  # fmt: skip
+    evaluate.add_argument("--images", type=_positive, help="images per prompt (default 1, of a benchmark 4)")
     evaluate.add_argument("--out", help="write the result as JSON")
     _add_sampling(evaluate)
 

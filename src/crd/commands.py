@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from crd.errors import CRDError
 from crd.evaluation import EVAL_SEED, SamplingSettings, draw, encode_prompts
 from crd.evaluation import evaluate as evaluate_model
 from crd.export import export_lora, export_pipeline
+from crd.geneval.benchmark import GenEvalSuite
 from crd.grid import GridRow, draw_grid
 from crd.loading import LoadedModel, checkpoint_number, is_run, load_model, run_config
 from crd.rewards import RewardSet
@@ -49,7 +50,7 @@ def train(source: str | None, overrides: Mapping[str, str], resume: str | None) 
     if fixed:
         config_from(changed)  # an unknown key gets its own message
         raise CRDError(f"{fixed[0]} cannot change in a resumed run; allowed: {', '.join(sorted(RESUMABLE))}")
-    config = replace(config_from({**_plain(config), **changed}), output_dir=str(run))
+    config = dataclasses.replace(config_from({**_plain(config), **changed}), output_dir=str(run))
     CRDTrainer(args=config).train(resume=checkpoint)
 
 
@@ -94,22 +95,61 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """`crd eval`: mean rewards of the base model and of the trained one at each guidance scale."""
-    rewards = RewardSet(args.reward or ["ocr"])
-    dataset = load_prompts(args.prompts)
-    rewards.check_columns(dataset.columns)
-    rewards.check_prompts(dataset.prompts)
-    rewards.self_test()
-    model, engine = _load(args)
-    results = [
-        _evaluate_role(args, model, engine, rewards, dataset, role, scale)
-        for role in dict.fromkeys((ANCHOR, model.role))
-        for scale in (args.guidance or [1.0])
-    ]
-    _print_table(results)
+    """`crd eval`: mean rewards, or a benchmark, of the base model and of the trained one at each guidance scale."""
+    if args.benchmark is None:
+        results = _evaluate_rewards(args)
+        _print_table(results)
+    else:
+        results = _evaluate_geneval(args)
     if args.out:
         text = json.dumps(results, indent=2) + "\n"
         _write(Path(args.out), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _evaluate_rewards(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.judge is not None:
+        raise CRDError("--judge belongs to --benchmark geneval; add it, or leave --judge out")
+    rewards = RewardSet(args.reward or ["ocr"])
+    dataset = load_prompts(args.prompts or "world:test:256")
+    rewards.check_columns(dataset.columns)
+    rewards.check_prompts(dataset.prompts, dataset.columns)
+    rewards.self_test()
+    model, engine = _load(args)
+    return [_evaluate_role(args, model, engine, rewards, dataset, *line) for line in _lines(args, model)]
+
+
+def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """GenEval by task. The bundled model is judged by the bundled detector on scenes, others by the real one."""
+    if args.reward:
+        raise CRDError(f"--benchmark geneval has its own scores, got --reward {args.reward[0]} too; leave one out")
+    model, engine = _load(args)
+    judge = args.judge or ("tiny" if model.base == CRDConfig.model else "mask2former")
+    dataset = load_prompts(args.prompts or ("scenes:test:240" if judge.startswith("tiny") else "geneval:test"))
+    suite = GenEvalSuite(dataset, judge)
+    batch = prompt_batch(dataset, range(len(dataset)), args.images or 4, _seed(args, model), EVAL_SEED)
+    uncond = encode_prompts(model.backbone, engine, [""])
+    results: list[dict[str, Any]] = []
+    for role, scale in _lines(args, model):
+        with model.snapshots.use(role) as denoiser:
+            settings = _settings(args, model, scale)
+            rollout = draw(model.backbone, denoiser, engine, batch, settings, uncond, "geneval")
+        summary = suite.judge(rollout)
+        line = {"model": _name(args, role), "guidance": scale, "steps": settings.steps, "judge": judge}
+        table = Table(f"{line['model']}, CFG {scale:g}", "images", "official", "strict", "soft")
+        for task, images, *scores in summary.rows():
+            table.add_row(task, str(images), *(f"{score:.3f}" for score in scores))
+        console.print(table)
+        results.append({**line, "tasks": [dataclasses.asdict(task) for task in (*summary.tasks, summary.overall)]})
+    return results
+
+
+def _lines(args: argparse.Namespace, model: LoadedModel) -> list[tuple[str, float]]:
+    """What is compared: the base model and the trained one, each at every guidance scale."""
+    return [(role, scale) for role in dict.fromkeys((ANCHOR, model.role)) for scale in (args.guidance or [1.0])]
+
+
+def _name(args: argparse.Namespace, role: str) -> str:
+    return "base" if role == ANCHOR else str(args.target)
 
 
 def _evaluate_role(
@@ -125,12 +165,12 @@ def _evaluate_role(
     with model.snapshots.use(role) as denoiser:
         result = evaluate_model(
             model.backbone, denoiser, engine, rewards, dataset, settings, encode_prompts(model.backbone, engine, [""]),
-            images_per_prompt=args.images, seed=_seed(args, model),
+            images_per_prompt=args.images or 1, seed=_seed(args, model),
         )  # fmt: skip
     total = result.rewards.total
     error = float(total.std() / len(total) ** 0.5) if len(total) > 1 else 0.0
     return {
-        "model": "base" if role == ANCHOR else str(args.target),
+        "model": _name(args, role),
         "guidance": scale,
         "steps": settings.steps,
         "images": len(result.images),

@@ -28,6 +28,7 @@ class LoadedModel:
     snapshots: Snapshots
     role: str
     config: CRDConfig | None  # of the run
+    base: str  # the model that was fine-tuned, or is shown as it is
 
 
 def is_run(folder: Path) -> bool:
@@ -108,16 +109,17 @@ def load_model(
     if checkpoint != "last":
         raise CRDError(f"--checkpoint {checkpoint} is for runs and {target} is none (it has no {CONFIG_FILE})")
     if (path / LORA_FILE).is_file():
-        backbone = load_backbone(base or "tiny-sd3", device=device)
+        base = base or CRDConfig.model
+        backbone = load_backbone(base, device=device)
         snapshots = Snapshots(backbone.denoiser, "lora", read_lora_settings(path), roles=())
         load_lora(snapshots, path)
-        return LoadedModel(backbone, snapshots, POLICY, None)
+        return LoadedModel(backbone, snapshots, POLICY, None, base)
     if base is not None:
         raise CRDError(f"--base is for LoRA folders and {target} is none (it has no {LORA_FILE}); leave it out")
     backbone = load_backbone(target, device=device)
     # An untouched adapter costs nothing, and gives every model the same roles.
     snapshots = Snapshots(backbone.denoiser, "lora", LoraSettings(backbone.lora_targets, rank=1, alpha=1.0), roles=())
-    return LoadedModel(backbone, snapshots, ANCHOR, None)
+    return LoadedModel(backbone, snapshots, ANCHOR, None, str(target))
 
 
 def checkpoint_number(checkpoints: CheckpointFolder, wanted: str) -> int:
@@ -156,4 +158,4 @@ def _load_run(path: Path, base: str | None, wanted: str, device: str) -> LoadedM
     backbone = load_backbone(base or config.model, dtype=_DTYPES[config.base_dtype], device=device)
     snapshots = build_snapshots(backbone, config, roles=())
     snapshots.load_state(POLICY, state.tensors[POLICY])
-    return LoadedModel(backbone, snapshots, POLICY, config)
+    return LoadedModel(backbone, snapshots, POLICY, config, base or config.model)

@@ -138,23 +138,25 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
             draw_grid([row], [""] * count).save(folder / f"update-{update:06d}.png")
 
-    def summarise(self, progress: Progress, base: Mapping[float, float]) -> dict[str, float]:
+    def summarise(self, progress: Progress, base: Mapping[float, Mapping[str, float]]) -> dict[str, float]:
         """Write summary.json, and show it: held-out rewards before and after, and how far the run went.
 
         Args:
             progress: of the run.
-            base: CFG scale -> reward of the base model; the best one goes in.
+            base: CFG scale -> rewards of the base model; the scale of the highest total goes in.
 
         Raises:
             CRDError: it cannot be written.
         """
         summary: dict[str, float] = {}
         held_out = read_metrics(self.path, "eval")
-        if held_out:
-            summary |= {"reward_before": held_out[0]["reward"], "reward_after": held_out[-1]["reward"]}
-        if base:
-            best = max(base, key=lambda scale: base[scale])
-            summary |= {"reward_base_cfg": base[best], "base_cfg_scale": best}
+        names = [name for name in (held_out[0] if held_out else {}) if name.startswith("reward")]
+        # A total of one reward is that reward.
+        for name in names if len(names) > 2 else names[:1]:
+            summary |= {f"{name}_before": held_out[0][name], f"{name}_after": held_out[-1][name]}
+            if base:
+                best = max(base, key=lambda scale: base[scale]["reward"])
+                summary |= {f"{name}_base_cfg": base[best][name], "base_cfg_scale": best}
         summary |= {
             "steps": progress.optimizer_steps,
             "updates": progress.updates_done,

@@ -120,7 +120,7 @@ class CRDTrainer:
         try:
             self._run(None if resume is False else self.progress.updates_done or BEFORE_ALL)
             # The base model at each CFG scale asked for, on the same prompts and noise.
-            base = {scale: self.evaluate(ANCHOR, scale).mean for scale in self.args.eval_base_guidance}
+            base = {scale: self.evaluate(ANCHOR, scale).metrics() for scale in self.args.eval_base_guidance}
             return self.folder.summarise(self.progress, base)
         except CRDError:
             # Nothing was learned: a folder that only blocks the next try helps nobody.

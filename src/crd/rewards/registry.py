@@ -15,6 +15,10 @@ from crd.errors import CRDError
 # A new reward is one file and one line here. Strings, so that its libraries load only when it is asked for.
 REGISTRY: dict[str, str] = {
     "ocr": "crd.rewards.ocr:OCRReward",
+    "geneval": "crd.rewards.geneval:GenEvalReward",
+    "geneval-official": "crd.rewards.geneval:GenEvalOfficialReward",
+    "geneval-tiny": "crd.rewards.geneval:TinyGenEvalReward",
+    "geneval-tiny-official": "crd.rewards.geneval:TinyGenEvalOfficialReward",
 }
 
 
