@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_detectors import save_detectors
 from tiny_pipelines import tiny_pipeline
 
 from crd.config import CRDConfig
@@ -23,6 +24,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_pipeline().save_pretrained(folder)
     (folder / "crd.json").write_text(json.dumps({"max_sequence_length": TOKENS}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def detector_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random detectors and a random CLIP."""
+    return save_detectors(tmp_path_factory.mktemp("detectors"))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,10 @@ def darkness(images: list[Image.Image], prompts: list[str]) -> list[float]:
     return [1.0 - score for score in brightness(images, prompts)]
 
 
+def size_code(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    return [1000.0 * image.width + image.height for image in images]
+
+
 def bright_but_for_cats(images: list[Image.Image], prompts: list[str]) -> list[float]:
     """No signal in the groups of prompts about cats."""
     return [0.5 if "cat" in prompt else s for prompt, s in zip(prompts, brightness(images, prompts), strict=True)]

@@ -152,3 +152,19 @@ def test_one_key_in_two_spellings(tmp_path: Path) -> None:
 def test_a_name_too_long_for_a_file() -> None:
     with pytest.raises(CRDError, match="cannot read the configuration"):
         load_config("x" * 5000)
+
+
+def test_a_file_may_extend_a_recipe_or_another_file(tmp_path: Path) -> None:
+    middle, last = tmp_path / "middle.yaml", tmp_path / "last.yaml"
+    middle.write_text("extends: ocr-demo\ngroup-size: 5\nbeta: 2\n")
+    last.write_text(f"extends: {middle}\nbeta: 3\ngroup_size: 6\n")
+    base, found = load_config("ocr-demo"), load_config(last, {"seed": "4"})
+    assert (found.beta, found.group_size, found.seed, found.finetune) == (3, 6, 4, base.finetune)
+    assert load_config("ocr-tiny").learning_rate == base.learning_rate
+    middle.write_text(f"extends: {last}\n")
+    with pytest.raises(CRDError, match=r"extend each other in a circle: .*last.yaml -> .*middle.yaml -> .*last.yaml"):
+        load_config(last)
+    for text, message in (("extends: nowhere", "no configuration at nowhere"), ("extends: [a]", "must name a recipe")):
+        middle.write_text(text)
+        with pytest.raises(CRDError, match=message):
+            load_config(middle)

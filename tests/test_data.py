@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crd.data import PromptDataset, epoch_order, load_prompts, prompt_batch
+from crd.data import PromptDataset, count_shared, epoch_order, load_prompts, prompt_batch
 from crd.errors import CRDError
 from crd.geneval.metadata import TASKS, Metadata, parse_metadata
 from crd.geneval.prompts import is_held_out, scene_key
@@ -79,6 +79,35 @@ def test_benchmark_files_become_columns(tmp_path: Path) -> None:
     assert dataset.columns["exclude"] == ((), [{"class": "bus", "count": 3}])
     assert dataset.columns["tag"] == ("single_object", "counting")
     assert dataset.columns["include"][0] == [{"class": "bench", "count": 1}]
+    assert load_prompts([json.loads(line) for line in path.read_text().splitlines()]) == dataset
+
+
+def test_benchmark_records_keep_columns_of_other_rewards(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    bench = {"prompt": "a", "tag": "colors", "include": [{"class": "bench", "count": 1}], "rewards": ["geneval"]}
+    path.write_text(json.dumps(bench))
+    assert load_prompts(path).columns == {
+        "tag": ("colors",), "include": (bench["include"],), "exclude": ((),), "rewards": (["geneval"],)
+    }  # fmt: skip
+    with pytest.raises(CRDError, match="record 2 of the dataset: unknown key 'exlude'"):
+        load_prompts([bench, {**bench, "exlude": []}])
+
+
+def test_columns_named_like_those_of_the_benchmark_are_anyones(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    records = [
+        {"prompt": "a", "tag": 3, "include": "x", "exlude": 1},
+        {"prompt": "b", "tag": 4, "include": [], "exlude": 2},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert load_prompts(path).columns == {"tag": (3, 4), "include": ("x", []), "exlude": (1, 2)}
+    assert load_prompts(records) == load_prompts(path)
+
+
+def test_prompts_may_hold_a_line_separator(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert load_prompts(path).prompts == ("a\u2028b",)
 
 
 def test_joined_sources_are_interleaved(tmp_path: Path) -> None:
@@ -116,9 +145,13 @@ def test_interleaving_keeps_order_and_proportions(sizes: list[int]) -> None:
         ("p.jsonl", '{"prompt": "a"}\n\n["b"]', "line 3 must be an object"),
         ("p.jsonl", '{"prompt": 3}', 'string "prompt"'),
         ("p.jsonl", '{"prompt": "a", "x": 1}\n{"prompt": "b"}', "record 2 lacks 'x'"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "tag": "x", "include": []}', "p.jsonl line 2: include is empty"),
-        ("p.jsonl", '{"prompt": "b", "tag": "x", "include": [{"class": "cat"}]}', "p.jsonl line 1: .* count"),
-        ("p.jsonl", '{"prompt": "b", "tag": "x", "include": [{}], "exlude": []}', "unknown key 'exlude'"),
+        ("p.jsonl", '\n{"prompt": "b", "tag": "colors", "include": [{"class": "cat"}]}', "p.jsonl line 2: .* count"),
+        (
+            "p.jsonl",
+            '{"prompt": "b", "tag": "x", "include": [{"class": "cat", "count": 1}]}',
+            "line 1: tag must be one of",
+        ),
+        ("p.jsonl", '{"prompt": "b", "tag": "x", "include": [{"class": 1}], "exlude": []}', "unknown key 'exlude'"),
     ],
 )
 def test_files_that_do_not_fit(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -200,3 +233,38 @@ def test_rewards_of_a_source_are_named_behind_an_at_sign(tmp_path: Path) -> None
     for source in ("world:train:2@", "@ocr", "world:train:2@ocr,"):
         with pytest.raises(CRDError, match="SOURCE@REWARD"):
             load_prompts(source)
+
+
+def test_rewards_behind_an_at_sign_belong_to_the_last_source_alone() -> None:
+    dataset = load_prompts("world:train:2+scenes:train:2@geneval-tiny")
+    by_prompt = zip(dataset.prompts, dataset.columns["rewards"], strict=True)
+    assert all(names == (None if '"' in prompt else ["geneval-tiny"]) for prompt, names in by_prompt)
+
+
+def test_rewards_of_a_source_are_named_once(tmp_path: Path) -> None:
+    with pytest.raises(CRDError, match=r"^world:train:2@ocr@geneval: world:train:2@ocr already says which rewards"):
+        load_prompts("world:train:2@ocr@geneval")
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "rewards": ["ocr"]}')
+    with pytest.raises(CRDError, match=r"p.jsonl already says which rewards judge its prompts, got @geneval too"):
+        load_prompts(f"world:train:2+{path}@geneval")
+
+
+@pytest.mark.parametrize("source", ["a+b.txt@ocr", "a+b.txt", "b.txt@ocr", "world:train:2+b.txt"])
+def test_errors_of_a_part_show_the_whole_source(source: str) -> None:
+    with pytest.raises(CRDError) as error:
+        load_prompts(source)
+    assert str(error.value).startswith(f"{source}: no prompt file at ")
+
+
+def test_prompts_in_both_datasets_are_counted() -> None:
+    def cups(prompt: str, count: int, **columns: Any) -> dict[str, Any]:
+        return {"prompt": prompt, "tag": "counting", "include": [{"class": "cup", "count": count}], **columns}
+
+    words = load_prompts(["a", "b", "c"])
+    assert count_shared(words, load_prompts(["d", "b", "b"])) == 2
+    # The benchmark says "two cups" in other words, and the same scene it is.
+    scenes = load_prompts([cups("two cups", 2), cups("three cups", 3, exclude=[{"class": "cup", "count": 4}])])
+    assert count_shared(scenes, load_prompts([cups("a photo of 2 cups", 2), cups("4", 4)])) == 1
+    assert count_shared(scenes, load_prompts([{"prompt": "three cups"}])) == 1
+    assert count_shared(words, scenes) == 0

@@ -19,6 +19,7 @@ from tiny_pipelines import tiny_pipeline
 from crd.backbones import FAMILIES
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import config_from
+from crd.geneval.detectors import judge_settings
 from crd.objectives import OBJECTIVES
 from crd.rewards import RewardSet
 from crd.rewards.registry import REGISTRY
@@ -84,7 +85,9 @@ def test_the_fields_a_resumed_run_may_change_are_listed() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_yaml_blocks_are_valid_configurations(page: Path) -> None:
     for block in blocks(page, "yaml"):
-        config_from(yaml.safe_load(block))
+        values = yaml.safe_load(block)
+        read = judge_settings if "detector" in values else config_from
+        read(values)
 
 
 def test_every_bundled_reward_is_in_its_table() -> None:

@@ -1,4 +1,4 @@
-"""Detectors and judge of GenEval on random models, against plain readings of the same outputs."""
+"""Detectors of GenEval on random models, against plain readings of the same outputs."""
 
 from __future__ import annotations
 
@@ -13,68 +13,32 @@ import pytest
 import tiny_detectors
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from tiny_detectors import CLASSES, LABELS, found, noise, pictures
 from transformers.modeling_outputs import ModelOutput
 
 from crd.errors import CRDError
-from crd.geneval.detections import Detections, Thresholds
-from crd.geneval.detectors import DETECTORS, SCORE_FLOOR, JudgeConfig, load_judge
+from crd.geneval.detections import Thresholds
+from crd.geneval.detectors import SCORE_FLOOR
 from crd.geneval.detectors.base import boxes_of_masks, equal_size_batches
 from crd.geneval.detectors.clip_color import TEMPLATES, CLIPColorClassifier, crop_object
 from crd.geneval.detectors.mask2former import MAX_INSTANCES, Mask2FormerDetector, coco_labels, instances
 from crd.geneval.detectors.open_vocabulary import OpenVocabularyDetector, without_duplicates
-from crd.geneval.judge import GenEvalJudge
-from crd.geneval.metadata import COCO_CLASSES, COLORS, Exclude, Include, Metadata
-
-# COCO's names in one common spelling, among them all that differ from the benchmark's.
-SPELLED = {
-    "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "tv": "tvmonitor", "donut": "doughnut",
-    "potted plant": "pottedplant", "dining table": "diningtable", "computer mouse": "mouse", "tv remote": "remote",
-    "computer keyboard": "keyboard", "hair drier": "hair dryer", "cell phone": "Cell-Phone", "wine glass": "wine_glass",
-}  # fmt: skip
-LABELS = tuple(SPELLED.get(name, name) for name in COCO_CLASSES)
-CLASSES = ("bear", "teddy bear", "dog")
-SIZES = ((48, 40), (40, 56), (48, 40), (33, 70), (48, 40))  # width, height
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def pictures() -> list[Image.Image]:
-    return [noise(*size, seed=seed) for seed, size in enumerate(SIZES)]
-
-
-def found(labels: Sequence[str] = ("dog",), masks: np.ndarray | None = None, score: float = 0.95) -> Detections:
-    boxes = np.array([[4.0 + i, 4.0, 20.0 + i, 24.0] for i in range(len(labels))]).reshape(-1, 4)
-    return Detections(tuple(labels), boxes, np.full(len(labels), score), masks)
+from crd.geneval.metadata import COCO_CLASSES, COLORS
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "mask2former": tiny_detectors.save_mask2former(root / "mask2former", LABELS),
-        "grounding-dino": tiny_detectors.save_grounding_dino(root / "grounding-dino", ("teddy", "bear", "dog")),
-        "owlv2": tiny_detectors.save_owlv2(root / "owlv2"),
-        "clip": tiny_detectors.save_clip(root / "clip"),
-    }
+def mask2former(detector_folders: dict[str, Path]) -> Mask2FormerDetector:
+    return Mask2FormerDetector(detector_folders["mask2former"], batch_size=2, short_side=64, long_side=96)
 
 
 @pytest.fixture(scope="module")
-def mask2former(folders: dict[str, Path]) -> Mask2FormerDetector:
-    return Mask2FormerDetector(folders["mask2former"], batch_size=2, short_side=64, long_side=96)
-
-
-@pytest.fixture(scope="module")
-def clip(folders: dict[str, Path]) -> CLIPColorClassifier:
-    return CLIPColorClassifier(folders["clip"], batch_size=2)
+def clip(detector_folders: dict[str, Path]) -> CLIPColorClassifier:
+    return CLIPColorClassifier(detector_folders["clip"], batch_size=2)
 
 
 @pytest.fixture(scope="module", params=["grounding-dino", "owlv2"])
-def open_vocabulary(request: pytest.FixtureRequest, folders: dict[str, Path]) -> OpenVocabularyDetector:
-    return OpenVocabularyDetector(folders[request.param], CLASSES, batch_size=2)
+def open_vocabulary(request: pytest.FixtureRequest, detector_folders: dict[str, Path]) -> OpenVocabularyDetector:
+    return OpenVocabularyDetector(detector_folders[request.param], CLASSES, batch_size=2)
 
 
 # --- what every detector does -----------------------------------------------------------------------------------------
@@ -246,9 +210,11 @@ def test_labels_are_checked_at_load(tmp_path: Path) -> None:
         Mask2FormerDetector(tiny_detectors.save_mask2former(tmp_path, [*LABELS[:-1], "oboe"]))
 
 
-def test_network_sees_the_benchmarks_resolution(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_sees_the_benchmarks_resolution(
+    detector_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The checkpoint's processor asks for squares of 384.
-    detector = Mask2FormerDetector(folders["mask2former"], short_side=60, long_side=100)
+    detector = Mask2FormerDetector(detector_folders["mask2former"], short_side=60, long_side=100)
     shapes = []
     monkeypatch.setattr(detector._model, "forward", lambda pixel_values: shapes.append(pixel_values.shape) or 1 / 0)
     for width, height in ((512, 512), (512, 1024), (50, 40)):
@@ -261,9 +227,9 @@ def test_network_sees_the_benchmarks_resolution(folders: dict[str, Path], monkey
 
 
 def test_grounding_dino_scores_a_class_by_its_own_tokens(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    detector_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector = OpenVocabularyDetector(folders["grounding-dino"], CLASSES)
+    detector = OpenVocabularyDetector(detector_folders["grounding-dino"], CLASSES)
     # [CLS] bear . teddy bear . dog . [SEP]
     logits = torch.full((1, 4, 40), -torch.inf)
     logits[0, :, :9] = -4
@@ -291,8 +257,10 @@ def test_grounding_dino_scores_a_class_by_its_own_tokens(
     np.testing.assert_allclose(best, [0.2 * 40, 0.4 * 20, 0.3 * 40, 0.6 * 20], rtol=1e-5)
 
 
-def test_owlv2_boxes_are_those_of_the_padded_square(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = OpenVocabularyDetector(folders["owlv2"], CLASSES)
+def test_owlv2_boxes_are_those_of_the_padded_square(
+    detector_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = OpenVocabularyDetector(detector_folders["owlv2"], CLASSES)
     logits = torch.tensor([[[1.0, 2.0, -1.0], [-9.0, -9.0, -9.0], [0.0, -1.0, -2.0]]])
     boxes = torch.tensor([[[0.3, 0.2, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.5, 0.8, 0.2, 0.2]]])
     monkeypatch.setattr(detector._model, "forward", lambda **_: ModelOutput(logits=logits, pred_boxes=boxes))
@@ -344,15 +312,17 @@ def test_duplicates_go_and_neighbors_and_other_classes_stay() -> None:
         (tuple(f"dog {letter}" for letter in "abcdefghijklmnopqrst"), "20 classes take 62 tokens, the model reads 40"),
     ],
 )
-def test_classes_that_cannot_be_looked_for(folders: dict[str, Path], classes: tuple[str, ...], message: str) -> None:
+def test_classes_that_cannot_be_looked_for(
+    detector_folders: dict[str, Path], classes: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(CRDError, match=message):
-        OpenVocabularyDetector(folders["grounding-dino"], classes)
+        OpenVocabularyDetector(detector_folders["grounding-dino"], classes)
 
 
-def test_owlv2_names_the_class_that_is_too_long(folders: dict[str, Path]) -> None:
+def test_owlv2_names_the_class_that_is_too_long(detector_folders: dict[str, Path]) -> None:
     long = "a" * 30  # the tokenizer of these tests makes a token of each letter
     with pytest.raises(CRDError, match=f"'{long}' takes [0-9]+ tokens, the model reads 32; shorten it"):
-        OpenVocabularyDetector(folders["owlv2"], ("dog", long))
+        OpenVocabularyDetector(detector_folders["owlv2"], ("dog", long))
 
 
 # --- colors -----------------------------------------------------------------------------------------------------------
@@ -374,7 +344,9 @@ def test_color_embeddings_are_normalized_averaged_and_normalized(clip: CLIPColor
     assert clip.color_embeddings("dog") is clip.color_embeddings("dog")
 
 
-def test_colors_are_the_nearest_text_in_any_batching(clip: CLIPColorClassifier, folders: dict[str, Path]) -> None:
+def test_colors_are_the_nearest_text_in_any_batching(
+    clip: CLIPColorClassifier, detector_folders: dict[str, Path]
+) -> None:
     images = pictures()
     objects = [found(("dog", "bear", "dog")) for _ in images]
     rows = [[0, 2], [], [1], [2, 1, 0], [0]]
@@ -385,12 +357,12 @@ def test_colors_are_the_nearest_text_in_any_batching(clip: CLIPColorClassifier, 
             embedding = clip.image_embeddings([crop_object(image, objects_of, row)])[0]
             similar = clip.color_embeddings(objects_of.labels[row]) @ embedding
             assert name == COLORS[int(similar.argmax())]
-    assert CLIPColorClassifier(folders["clip"], batch_size=64).classify(images, objects, rows) == answers
+    assert CLIPColorClassifier(detector_folders["clip"], batch_size=64).classify(images, objects, rows) == answers
 
 
 @pytest.mark.parametrize("color", ["green", "white"])
-def test_an_image_that_embeds_as_a_color_has_it(folders: dict[str, Path], color: str) -> None:
-    clip = CLIPColorClassifier(folders["clip"])
+def test_an_image_that_embeds_as_a_color_has_it(detector_folders: dict[str, Path], color: str) -> None:
+    clip = CLIPColorClassifier(detector_folders["clip"])
     target = clip.color_embeddings("dog")[COLORS.index(color)]
     with torch.no_grad():  # every image's embedding is that of the color
         clip._model.vision_model.post_layernorm.weight.zero_()
@@ -434,169 +406,46 @@ def test_masks_of_another_size_are_refused() -> None:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_sees_much_the_same(folders: dict[str, Path]) -> None:
-    image = noise(48, 40)
+def test_bfloat16_sees_much_the_same(detector_folders: dict[str, Path]) -> None:
+    image, folder = noise(48, 40), detector_folders["mask2former"]
     exact, rough = (
-        Mask2FormerDetector(folders["mask2former"], short_side=64, long_side=96, dtype=dtype).detect([image])[0]
+        Mask2FormerDetector(folder, short_side=64, long_side=96, dtype=dtype).detect([image])[0]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert rough.scores.dtype == np.float64
     assert abs(exact.scores[0] - rough.scores[0]) < 0.1
 
 
-def test_loading_failures_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_loading_failures_are_one_line(detector_folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CRDError, match=r"no model at .*nowhere; give a folder in transformers format or a hub id"):
         Mask2FormerDetector(tmp_path / "nowhere")
     with pytest.raises(CRDError, match=r"mask2former detector needs a model of type mask2former, got .* of type clip"):
-        Mask2FormerDetector(folders["clip"])
+        Mask2FormerDetector(detector_folders["clip"])
     with pytest.raises(CRDError, match=r"type grounding-dino or owlv2, got .* of type mask2former"):
-        OpenVocabularyDetector(folders["mask2former"], CLASSES)
+        OpenVocabularyDetector(detector_folders["mask2former"], CLASSES)
     with pytest.raises(CRDError, match=r"color classifier needs a model of type clip, got .* of type owlv2"):
-        CLIPColorClassifier(folders["owlv2"])
+        CLIPColorClassifier(detector_folders["owlv2"])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(CRDError, match=r"cannot load .*damaged or incomplete") as caught:
         CLIPColorClassifier(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_without_scipy_the_extra_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scipy_the_extra_is_named(detector_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crd.geneval.detectors.loading.importlib.util.find_spec", lambda name: None)
     with pytest.raises(CRDError, match=r'Mask2Former needs scipy; pip install "crd\[geneval\]"'):
-        Mask2FormerDetector(folders["mask2former"])
+        Mask2FormerDetector(detector_folders["mask2former"])
     with pytest.raises(CRDError, match=r'OWLv2 needs scipy; pip install "crd\[geneval\]"'):
-        OpenVocabularyDetector(folders["owlv2"], CLASSES)
+        OpenVocabularyDetector(detector_folders["owlv2"], CLASSES)
 
 
-def test_missing_weights_are_not_made_up(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_weights_are_not_made_up(detector_folders: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    for file in folders["clip"].iterdir():
+    for file in detector_folders["clip"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CRDError, match=r"lacks 1 weights, visual_projection\.weight"):
         CLIPColorClassifier(tmp_path)
-
-
-# --- judge ------------------------------------------------------------------------------------------------------------
-
-
-class Scripted:
-    """A detector that finds what it is told, in order."""
-
-    classes = ("dog", "bear")
-
-    def __init__(self, answers: Sequence[Detections], gives_colors: bool = False) -> None:
-        self.answers, self.gives_colors = list(answers), gives_colors
-
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
-        assert len(images) == len(self.answers)
-        return self.answers
-
-
-class Named:
-    """A classifier that calls everything `color` and keeps what it was asked."""
-
-    def __init__(self, color: str) -> None:
-        self.color, self.asked = color, []
-
-    def classify(
-        self, images: Sequence[Image.Image], detections: Sequence[Detections], indices: Sequence[Sequence[int]]
-    ) -> list[list[str]]:
-        self.asked.append([list(rows) for rows in indices])
-        return [[self.color] * len(rows) for rows in indices]
-
-
-PLAIN = Metadata("single_object", "a dog", (Include("dog", 1),))
-GREEN = Metadata("colors", "a green dog", (Include("dog", 1, color="green"),))
-
-
-def test_judge_colors_only_what_the_scores_read() -> None:
-    objects = [found(("dog",)), found(("bear", "dog")), found(("bear",))]
-    classifier = Named("green")
-    judged, scores = GenEvalJudge(Scripted(objects), classifier).judge(pictures()[:3], [PLAIN, GREEN, GREEN])
-    assert classifier.asked == [[[], [1], []]]
-    assert [d.colors for d in judged] == [None, (None, "green"), None]
-    assert scores.official.tolist() == [1, 1, 0]
-    assert scores.reasons[2] == ("dog: expected 1, found 0",)
-    _, wrong = GenEvalJudge(Scripted(objects), Named("red")).judge(pictures()[:3], [PLAIN, GREEN, GREEN])
-    assert wrong.official.tolist() == [1, 0, 0]
-
-
-def test_a_detector_that_names_colors_needs_no_classifier() -> None:
-    objects = [replace(found(), colors=("green",))]
-    judged, scores = GenEvalJudge(Scripted(objects, gives_colors=True)).judge(pictures()[:1], [GREEN])
-    assert judged[0].colors == ("green",)
-    assert scores.official.tolist() == [1]
-
-
-def test_prompts_that_cannot_be_judged_are_refused_before_any_image() -> None:
-    judge = GenEvalJudge(Scripted([found()]))
-    judge.check_prompts([PLAIN])
-    with pytest.raises(CRDError, match="'a green dog' asks for a color and this judge names none"):
-        judge.check_prompts([PLAIN, GREEN])
-    cat = Metadata("single_object", "a cat", (Include("cat", 1),))
-    no_cat = Metadata("counting", "a dog", (Include("dog", 1),), (Exclude("cat", 1),))
-    for metadata in (cat, no_cat):
-        with pytest.raises(CRDError, match="about 'cat', which the detector does not know; its classes: dog, bear"):
-            judge.judge(pictures()[:1], [metadata])
-    many = Metadata("counting", "17 dogs", (Include("dog", 17),))
-    with pytest.raises(CRDError, match="raise max_objects"):
-        judge.check_prompts([many])
-    with pytest.raises(ValueError, match="one for each of the 2 images, got 1"):
-        judge.judge(pictures()[:2], [PLAIN])
-    with pytest.raises(CRDError, match=r"^confidence must be at least 0\.05, .*, got 0\.01"):
-        GenEvalJudge(Scripted([]), thresholds=Thresholds(confidence=0.01))
-
-
-def test_load_judge_builds_the_pair(folders: dict[str, Path]) -> None:
-    settings = {"model": str(folders["mask2former"]), "color_model": str(folders["clip"]), "batch_size": 2}
-    judge = load_judge({**settings, "thresholds": {"confidence": 0.2}})
-    assert isinstance(judge.detector, Mask2FormerDetector)
-    assert isinstance(judge.colors, CLIPColorClassifier)
-    assert judge.detector.batch_size == judge.colors.batch_size == 2
-    assert judge.thresholds == Thresholds(confidence=0.2)
-    config = JudgeConfig("open-vocabulary", str(folders["owlv2"]), CLASSES, color_model=None)
-    blind = load_judge(config)
-    assert blind.colors is None
-    assert blind.detector.classes == CLASSES
-    metadata = Metadata("single_object", "a dog", (Include("dog", 1),))
-    judged, scores = blind.judge(pictures(), [metadata] * len(SIZES))
-    assert len(judged) == len(SIZES)
-    assert scores.soft.shape == (len(SIZES),)
-
-
-def test_a_whole_judgment_with_real_networks(mask2former: Mask2FormerDetector, clip: CLIPColorClassifier) -> None:
-    judge = GenEvalJudge(mask2former, clip, Thresholds(confidence=0.06))
-    images = pictures()
-    wanted = [objects.labels[0] for objects in mask2former.detect(images)]
-    prompts = [Metadata("colors", f"a red {name}", (Include(name, 1, color="red"),)) for name in wanted]
-    judged, scores = judge.judge(images, prompts)
-    assert all(d.colors is not None and len(set(d.colors) - {None}) == 1 for d in judged)
-    right = ["red" in (d.colors or ()) for d in judged]
-    assert scores.official.tolist() == right
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ("mask-former", r"unknown detector 'mask-former'; known: .*mask2former.*; did you mean 'mask2former'\?"),
-        ({"detectr": "mask2former"}, r"unknown judge setting 'detectr'; did you mean 'detector'\?"),
-        ({"thresholds": {"confidense": 0.5}}, r"unknown threshold 'confidense'; did you mean 'confidence'\?"),
-        ({"detector": "mask2former", "classes": ["dog"]}, "knows the 80 classes of COCO only"),
-        ({"detector": "mask2former", "dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        ({"detector": "open-vocabulary"}, "classes must be a list of names"),
-    ],
-)
-def test_judge_settings_that_do_not_fit(config: str | dict[str, object], message: str) -> None:
-    with pytest.raises(CRDError, match=message):
-        load_judge(config)
-
-
-def test_every_registered_detector_can_be_built_from_settings() -> None:
-    import importlib
-
-    for path in DETECTORS.values():
-        module, name = path.split(":")
-        assert callable(getattr(importlib.import_module(module), name).from_config)

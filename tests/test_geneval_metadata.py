@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,10 @@ from crd.geneval.metadata import (
     Exclude,
     Include,
     Metadata,
+    is_benchmark_record,
+    parse_columns,
     parse_metadata,
-    read_metadata,
+    record_columns,
 )
 
 # One line of each shape that the benchmark's evaluation_metadata.jsonl has.
@@ -62,10 +63,8 @@ def test_records_come_back_the_same(metadata: Metadata) -> None:
     assert parse_metadata(json.loads(json.dumps(metadata.to_record())), "here") == metadata
 
 
-def test_the_official_format_comes_back_letter_by_letter(tmp_path: Path) -> None:
-    path = tmp_path / "evaluation_metadata.jsonl"
-    path.write_text(OFFICIAL)
-    found = read_metadata(path)
+def test_the_official_format_comes_back_letter_by_letter() -> None:
+    found = [parse_metadata(json.loads(line), "here") for line in OFFICIAL.splitlines()]
     assert [m.tag for m in found] == ["single_object", "counting", "position", "color_attr"]
     assert found[1].exclude == (Exclude("clock", 3),)
     assert found[2].include == (Include("cow", 1), Include("tv", 1, position=("left of", 0)))
@@ -124,32 +123,43 @@ def test_records_that_do_not_fit_are_told(bad: dict[str, Any], message: str) -> 
         parse_metadata(bad, "here")
 
 
+@pytest.mark.parametrize(("tag", "nearest"), [("countin", "counting"), ("color", "colors"), ("Position", "position")])
+def test_a_task_that_does_not_exist_names_the_nearest(tag: str, nearest: str) -> None:
+    """A misspelt "counting" would be judged at another confidence."""
+    with pytest.raises(CRDError, match=f"^here: tag must be one of single_object, .*, got '{tag}'; .* '{nearest}'"):
+        parse_metadata(record(tag=tag), "here")
+    with pytest.raises(CRDError, match=r"got 'x'$"):
+        parse_metadata(record(tag="x"), "here")
+
+
+def test_one_prompt_may_ask_for_two_things() -> None:
+    cups = [record(include=[{"class": "cup", "count": count}]) for count in (1, 2, 1)]
+    columns = {name: [cup.get(name) for cup in cups] for name in ("tag", "include", "exclude")}
+    found = parse_columns([cup["prompt"] for cup in cups], columns)
+    assert [metadata.include[0].count for metadata in found] == [1, 2, 1]
+    assert found == [parse_metadata(cup, "here") for cup in cups]
+
+
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("own", "benchmark"),
     [
-        ("{", "metadata.jsonl line 3 is not JSON"),
-        ("[1]", r"metadata.jsonl line 3 must be an object, got '\[1\]'"),
-        (json.dumps(wanted(color="grey")), "metadata.jsonl line 3: include 1: color"),
+        (record(), True),
+        (record(include=[{"class": "cup"}, "cup"]), True),
+        ({"tag": 3, "include": "x"}, False),
+        ({"tag": "x", "include": ["x"]}, False),
+        ({"tag": "x", "include": []}, False),
+        ({"tag": "x", "include": [{"id": 3}]}, False),
+        ({"include": [{"class": "cup", "count": 1}]}, False),
     ],
 )
-def test_errors_name_the_line(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "metadata.jsonl"
-    path.write_text(f"{json.dumps(record())}\n\n{line}\n")
-    with pytest.raises(CRDError, match=message):
-        read_metadata(path)
+def test_records_are_told_from_columns_of_the_same_names(own: dict[str, Any], benchmark: bool) -> None:
+    assert is_benchmark_record(own) is benchmark
 
 
-def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.jsonl"
-    prompt = "a cup\u2028a line separator, which JSON allows within a string"
-    path.write_text(json.dumps(record(prompt=prompt), ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
-    assert [m.prompt for m in read_metadata(path)] == [prompt]
-
-
-def test_files_without_prompts_are_told(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.jsonl"
-    with pytest.raises(CRDError, match="no GenEval metadata at"):
-        read_metadata(path)
-    path.write_text("\n \n")
-    with pytest.raises(CRDError, match=r"metadata.jsonl holds no prompts; add at least one"):
-        read_metadata(path)
+def test_columns_of_other_rewards_stay() -> None:
+    extra = {"rewards": ["ocr"], "tags": ["a"], "included": 1, "prompt_2": "b"}
+    assert record_columns(record(**extra), "here") == {**record(**extra), "exclude": ()}
+    assert record_columns(record(exclude=None, exlude=[]), "here")["exlude"] == []
+    for misspelt in ("exlude", "excludes", "Excluded"):
+        with pytest.raises(CRDError, match=f"^here: unknown key '{misspelt}'; did you mean 'exclude'"):
+            record_columns(record(**{misspelt: []}), "here")

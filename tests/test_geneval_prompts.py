@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from crd.errors import CRDError
-from crd.geneval.metadata import COCO_CLASSES, COLORS, RELATIONS, TASKS, Exclude, Include, Metadata, parse_metadata
+from crd.geneval.metadata import (
+    COCO_CLASSES,
+    COLORS,
+    RELATIONS,
+    TASKS,
+    Exclude,
+    Include,
+    Metadata,
+    parse_metadata,
+    to_columns,
+)
 from crd.geneval.prompts import (
     MIX,
     benchmark,
@@ -21,7 +31,6 @@ from crd.geneval.prompts import (
     nth_prompt,
     prompt_count,
     scene_key,
-    to_columns,
     training_prompts,
 )
 from crd.tiny.scene_prompts import SCENE_CLASSES, TEST_MIX, pretraining_prompt, scene_prompts

@@ -9,23 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crd.errors import CRDError
+from crd.geneval import scoring
+from crd.geneval.detections import Detections, Thresholds, kept, objects_to_color, with_colors
 from crd.geneval.metadata import RELATIONS, Exclude, Include, Metadata
 from crd.geneval.relations import relations
-from crd.geneval.scoring import (
-    Detections,
-    Thresholds,
-    kept,
-    objects_to_color,
-    score_batch,
-    score_image,
-    with_colors,
-)
+from crd.geneval.scoring import score_batch, score_image
 
 Box = tuple[float, float, float, float]
 Object = tuple[str, Box, float, str | None]
 
 # Three boxes of 10 x 10 in a row. Neighbors are 40 apart: 40 - 0.1 * 20 = 38, 38 / 40 = 0.95 > 0.5.
 LEFT, MIDDLE, RIGHT = (0.0, 0.0, 10.0, 10.0), (40.0, 0.0, 50.0, 10.0), (80.0, 0.0, 90.0, 10.0)
+
+
+def test_names_are_imported_from_where_they_are_defined() -> None:
+    assert all(getattr(scoring, name).__module__ == scoring.__name__ for name in scoring.__all__)
 
 
 def scene(objects: list[Object]) -> Detections:

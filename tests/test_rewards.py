@@ -165,9 +165,9 @@ def test_a_missing_column_is_refused_at_load_time() -> None:
         return [0.0] * len(images)
 
     rewards = RewardSet([wants])
-    rewards.check_columns(["target", "tag"])
+    rewards.check_prompts(PROMPTS, {"target": PROMPTS, "tag": PROMPTS})
     with pytest.raises(CRDError, match=r"'wants' needs the dataset column 'target'.*did you mean 'targets'"):
-        rewards.check_columns({"targets": []})
+        rewards.check_prompts(PROMPTS, {"targets": PROMPTS})
     with pytest.raises(CRDError, match="got columns: none"):
         score(rewards)
 
@@ -177,8 +177,8 @@ def test_a_column_that_hides_images_is_refused() -> None:
         return [0.0] * len(images)
 
     with pytest.raises(CRDError, match="'images' collides"):
-        RewardSet([greedy]).check_columns(["images"])
-    RewardSet([redness]).check_columns(["images"])
+        RewardSet([greedy]).check_prompts(PROMPTS, {"images": PROMPTS})
+    RewardSet([redness]).check_prompts(PROMPTS, {"images": PROMPTS})
 
 
 def test_signatures_that_cannot_be_called_are_refused() -> None:
@@ -232,9 +232,9 @@ def test_resolve_names_paths_and_callables(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_unknown_name_lists_the_known_and_the_nearest() -> None:
-    with pytest.raises(CRDError, match="unknown reward 'orc'; known: geneval, .*, ocr; did you mean 'ocr'"):
+    with pytest.raises(CRDError, match=r"unknown reward 'orc'; known: geneval, .*, ocr; did you mean 'ocr'"):
         resolve("orc")
-    with pytest.raises(CRDError, match="known: .*; a custom reward is written"):
+    with pytest.raises(CRDError, match=r"known: .*; a custom reward is written"):
         resolve("aesthetics")
     with pytest.raises(CRDError, match="give both parts"):
         resolve("module:")
@@ -293,10 +293,39 @@ def test_a_reward_is_asked_only_about_the_prompts_that_name_it() -> None:
     assert set(only.metrics()) == {"reward", "reward_redness"}, "a mean over no image is left out, not NaN"
 
 
-@pytest.mark.parametrize("names", [["ocr"], "redness"])
-def test_prompts_that_name_an_unknown_reward_are_refused(names: Any) -> None:
-    with pytest.raises(CRDError, match=r"column 'rewards' of prompt 'first' must list rewards of this run \(redness\)"):
-        RewardSet([redness]).check_prompts(PROMPTS, {"rewards": [names, None, None]})
+def test_columns_are_required_only_where_the_reward_is_asked() -> None:
+    def picky(images: list[Image.Image], prompts: list[str], number: list[int]) -> list[float]:
+        return [0.0] * len(images)
+
+    rewards = RewardSet([redness, picky])
+    columns: dict[str, list[Any]] = {"rewards": [["redness"]] * 3}
+    rewards.check_prompts(PROMPTS, columns)
+    assert rewards.score(IMAGES, PROMPTS, columns).total.tolist() == [1, 2, 3]
+    columns["rewards"][1] = ["redness", "picky"]
+    with pytest.raises(CRDError, match="reward 'picky' needs the dataset column 'number', got columns: none"):
+        rewards.check_prompts(PROMPTS, columns)
+
+
+@pytest.mark.parametrize(
+    "names", [["ocr"], "redness", [], (), 3, True, {"redness": 1}, [["redness"]], [3], ["redness", None]], ids=str
+)
+def test_prompts_that_name_no_reward_of_the_run_are_refused(names: Any) -> None:
+    columns = {"rewards": [names, None, None]}
+    for check in (RewardSet([redness]).check_prompts, lambda *rest: RewardSet([redness]).score(IMAGES, *rest)):
+        with pytest.raises(
+            CRDError, match=r"column 'rewards' of prompt 'first' must list rewards of this run \(redness\)"
+        ):
+            check(PROMPTS, columns)
+
+
+def test_prompts_that_only_rewards_of_weight_0_judge_are_refused_at_load_time() -> None:
+    def logged(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        return [0.0] * len(images)
+
+    rewards = RewardSet([redness, logged], [1.0, 0.0])
+    rewards.check_prompts(PROMPTS, {"rewards": [None, ("logged", "redness"), ["redness"]]})
+    with pytest.raises(CRDError, match="prompt 'third' is judged by logged alone, of weight 0"):
+        rewards.check_prompts(PROMPTS, {"rewards": [None, None, ["logged"]]})
 
 
 def test_prompt_checks_see_what_the_reward_is_asked_about() -> None:

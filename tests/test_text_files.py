@@ -10,6 +10,7 @@ import pytest
 from crd.config_io import load_config
 from crd.data import load_prompts
 from crd.errors import CRDError
+from crd.text_files import read_lines
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,10 @@ def test_files_that_cannot_be_read(
     path.symlink_to("/proc/self/mem")  # a file whose reading fails, for root too
     with pytest.raises(CRDError, match=f"cannot read the {kind}"):
         load(path)
+
+
+def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    text = "\r\n".join(["", "one\u2028still one\x0cstill one\x85and still", " \t", " two "])
+    path.write_text(text, encoding="utf-8", newline="")
+    assert read_lines(path, "text", "") == [(2, "one\u2028still one\x0cstill one\x85and still"), (4, "two")]

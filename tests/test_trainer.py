@@ -189,6 +189,53 @@ def test_records_reach_the_reward_by_name(config: CRDConfig) -> None:
         CRDTrainer(reward_funcs=[reward], args=config, train_dataset=data)  # the evaluation prompts have no columns
 
 
+def test_two_rewards_each_on_its_own_prompts(config: CRDConfig, tmp_path: Path) -> None:
+    for name, text in {"light": "a\nb\n", "dark": "c\nd\n"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    joined = f"{tmp_path}/light.txt@brightness+{tmp_path}/dark.txt@darkness"
+    two = replace(
+        config,
+        rewards=("reward_functions:brightness", "reward_functions:darkness"),
+        reward_normalization="group",
+        prompts=joined,
+        eval_prompts=joined,
+        prompts_per_update=4,
+    )
+    names = ("reward", "reward_brightness", "reward_darkness")
+    summary = CRDTrainer(args=two).train()
+    run = Path(config.output_dir)
+    for record in (*read_metrics(run, "train"), *read_metrics(run, "eval")):
+        # Half of the images each.
+        assert record["reward"] == pytest.approx((record["reward_brightness"] + record["reward_darkness"]) / 2)
+    assert {f"{name}_{when}" for name in names for when in ("before", "after")} <= set(summary)
+    assert json.loads((run / "summary.json").read_text()) == summary
+    # The plain sum would be another run: the groups of one reward do not vary as those of the other.
+    weights, (metrics,) = policy_after(two, 1)
+    plain, (other,) = policy_after(replace(two, reward_normalization="none"), 1)
+    assert [metrics[name] for name in names] == [other[name] for name in names]
+    assert not same(weights, plain)
+
+
+def test_what_is_wrong_with_prompts_names_their_setting(config: CRDConfig) -> None:
+    wrong = [{"prompt": "a", "rewards": []}]
+    with pytest.raises(CRDError, match=r"^prompts: column 'rewards' of prompt 'a'"):
+        CRDTrainer(args=config, train_dataset=wrong)
+    with pytest.raises(CRDError, match=r"^eval_prompts: column 'rewards' of prompt 'a'"):
+        CRDTrainer(args=config, eval_dataset=wrong)
+    with pytest.raises(CRDError, match=r"^eval_prompts: no prompt file at nowhere.txt"):
+        CRDTrainer(args=config, eval_dataset="nowhere.txt")
+
+
+@pytest.mark.parametrize(("held_out", "told"), [(["a", "x", "b"], "2 of 3 evaluation prompts are also"), (["x"], "")])
+def test_evaluation_prompts_that_are_trained_on_are_told(
+    config: CRDConfig, capsys: pytest.CaptureFixture[str], held_out: list[str], told: str
+) -> None:
+    CRDTrainer(args=replace(config, updates=1), train_dataset=["a", "b"], eval_dataset=held_out).train()
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert printed.count("training prompts") == bool(told)
+
+
 def test_rewards_outside_the_range_matter_only_with_an_anchor(config: CRDConfig) -> None:
     def large(images: list[Image.Image], prompts: list[str]) -> list[float]:
         return [100.0 * score for score in brightness(images, prompts)]

@@ -1,4 +1,4 @@
-"""Random detectors and a random CLIP in transformers format, small enough to build in a test."""
+"""Random detectors and a random CLIP in transformers format, small enough to build in a test; pictures for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     BertConfig,
@@ -21,8 +23,45 @@ from transformers import (
     SwinConfig,
 )
 
+from crd.geneval.detections import Detections
+from crd.geneval.metadata import COCO_CLASSES
+
+# COCO's names in one common spelling, among them all that differ from the benchmark's.
+SPELLED = {
+    "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "tv": "tvmonitor", "donut": "doughnut",
+    "potted plant": "pottedplant", "dining table": "diningtable", "computer mouse": "mouse", "tv remote": "remote",
+    "computer keyboard": "keyboard", "hair drier": "hair dryer", "cell phone": "Cell-Phone", "wine glass": "wine_glass",
+}  # fmt: skip
+LABELS = tuple(SPELLED.get(name, name) for name in COCO_CLASSES)
+CLASSES = ("bear", "teddy bear", "dog")  # for those that look for any
+SIZES = ((48, 40), (40, 56), (48, 40), (33, 70), (48, 40))  # width, height
 CLIP_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def pictures() -> list[Image.Image]:
+    """Noise of several sizes."""
+    return [noise(*size, seed=seed) for seed, size in enumerate(SIZES)]
+
+
+def found(labels: Sequence[str] = ("dog",), masks: np.ndarray | None = None, score: float = 0.95) -> Detections:
+    boxes = np.array([[4.0 + i, 4.0, 20.0 + i, 24.0] for i in range(len(labels))]).reshape(-1, 4)
+    return Detections(tuple(labels), boxes, np.full(len(labels), score), masks)
+
+
+def save_detectors(root: Path) -> dict[str, Path]:
+    """One of each kind, and a CLIP."""
+    return {
+        "mask2former": save_mask2former(root / "mask2former", LABELS),
+        "grounding-dino": save_grounding_dino(root / "grounding-dino", ("teddy", "bear", "dog")),
+        "owlv2": save_owlv2(root / "owlv2"),
+        "clip": save_clip(root / "clip"),
+    }
 
 
 def save_mask2former(folder: Path, labels: Sequence[str]) -> Path:

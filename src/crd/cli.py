@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--prompts", help=".txt, .jsonl, world:test:N, scenes:test:N or geneval:test")
     evaluate.add_argument("--reward", action="append", default=None, help="may be repeated; default ocr")
     evaluate.add_argument("--benchmark", choices=("geneval",), help="instead of rewards: scores by task")
-    evaluate.add_argument("--judge", help="detector of the benchmark: tiny, tiny-transformer, mask2former or "
-                          "open-vocabulary (default: tiny for the bundled model, else mask2former)")  # fmt: skip
+    evaluate.add_argument("--judge", help="detector of the benchmark: tiny, tiny-transformer, mask2former or a .yaml "
+                          "file of settings (default: tiny for the bundled model, else mask2former)")  # fmt: skip
     evaluate.add_argument("--images", type=_positive, help="images per prompt (default 1, of a benchmark 4)")
     evaluate.add_argument("--out", help="write the result as JSON")
     _add_sampling(evaluate)
@@ -133,6 +133,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, action="append", default=None, help="CFG scale; may be repeated (default 1)"
     )
+    for side in ("--height", "--width"):
+        parser.add_argument(side, type=_positive, default=None, help="px (default: the run's own, else the model's)")
     parser.add_argument("--batch", type=_positive, default=32, help="images per denoiser call")
     parser.add_argument("--seed", type=int, default=None, help="of the noise (default: the run's seed, else 0)")
 

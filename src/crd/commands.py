@@ -12,6 +12,7 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from crd.checkpoint import PREFIX, CheckpointFolder
@@ -25,8 +26,9 @@ from crd.evaluation import EVAL_SEED, SamplingSettings, draw, encode_prompts
 from crd.evaluation import evaluate as evaluate_model
 from crd.export import export_lora, export_pipeline
 from crd.geneval.benchmark import GenEvalSuite
+from crd.geneval.detectors import judge_settings
 from crd.grid import GridRow, draw_grid
-from crd.loading import LoadedModel, checkpoint_number, is_run, load_model, run_config
+from crd.loading import LoadedModel, base_name, checkpoint_number, is_run, judged_prompts, load_model, run_config
 from crd.rewards import RewardSet
 from crd.run_folder import CONFIG_FILE
 from crd.snapshots import ANCHOR
@@ -75,7 +77,8 @@ def sample(args: argparse.Namespace) -> None:
     if out.suffix.lower() not in Image.registered_extensions():
         raise CRDError(f"--out must be a picture such as samples.png, got {args.out!r}")
     dataset = load_prompts(args.prompts) if args.prompts else load_prompts(args.prompt)
-    model, engine = _load(args)
+    engine = _engine(args)
+    model = _load(args, engine)
     batch = prompt_batch(dataset, range(len(dataset)), args.images, _seed(args, model), EVAL_SEED)
     scales = args.guidance or [1.0]
     base_scales = scales if args.base_guidance is None else [*scales, args.base_guidance]
@@ -110,11 +113,11 @@ def _evaluate_rewards(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.judge is not None:
         raise CRDError("--judge belongs to --benchmark geneval; add it, or leave --judge out")
     rewards = RewardSet(args.reward or ["ocr"])
-    dataset = load_prompts(args.prompts or "world:test:256")
-    rewards.check_columns(dataset.columns)
-    rewards.check_prompts(dataset.prompts, dataset.columns)
+    dataset = judged_prompts("--prompts", args.prompts or "world:test:256", rewards)
+    engine = _engine(args)
+    rewards.use_device(str(engine.device))
     rewards.self_test()
-    model, engine = _load(args)
+    model = _load(args, engine)
     return [_evaluate_role(args, model, engine, rewards, dataset, *line) for line in _lines(args, model)]
 
 
@@ -122,10 +125,14 @@ def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
     """GenEval by task. The bundled model is judged by the bundled detector on scenes, others by the real one."""
     if args.reward:
         raise CRDError(f"--benchmark geneval has its own scores, got --reward {args.reward[0]} too; leave one out")
-    model, engine = _load(args)
-    judge = args.judge or ("tiny" if model.base == CRDConfig.model else "mask2former")
-    dataset = load_prompts(args.prompts or ("scenes:test:240" if judge.startswith("tiny") else "geneval:test"))
-    suite = GenEvalSuite(dataset, judge)
+    judge = args.judge or ("tiny" if base_name(args.target, args.base) == CRDConfig.model else "mask2former")
+    bundled = judge_settings(judge).detector.startswith("tiny")
+    prompts = args.prompts or ("scenes:test:240" if bundled else "geneval:test")
+    dataset, engine = load_prompts(prompts), _engine(args)
+    suite = GenEvalSuite(dataset, judge, str(engine.device))
+    suite.load()
+    model = _load(args, engine)
+    suite.check_size(*_size(args, model))
     batch = prompt_batch(dataset, range(len(dataset)), args.images or 4, _seed(args, model), EVAL_SEED)
     uncond = encode_prompts(model.backbone, engine, [""])
     results: list[dict[str, Any]] = []
@@ -134,8 +141,10 @@ def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
             settings = _settings(args, model, scale)
             rollout = draw(model.backbone, denoiser, engine, batch, settings, uncond, "geneval")
         summary = suite.judge(rollout)
-        line = {"model": _name(args, role), "guidance": scale, "steps": settings.steps, "judge": judge}
-        table = Table(f"{line['model']}, CFG {scale:g}", "images", "official", "strict", "soft")
+        about = {"judge": judge, "prompts": prompts}
+        line = {"model": _name(args, role), "guidance": scale, "steps": settings.steps, **about}
+        title = Text(f"GenEval of {prompts}, judge {judge}")
+        table = Table(f"{line['model']}, CFG {scale:g}", "images", "official", "strict", "soft", title=title)
         for task, images, *scores in summary.rows():
             table.add_row(task, str(images), *(f"{score:.3f}" for score in scores))
         console.print(table)
@@ -181,7 +190,7 @@ def _evaluate_role(
 
 def export(args: argparse.Namespace) -> None:
     """`crd export`: LoRA folder or merged pipeline."""
-    model, _ = _load(args)
+    model = _load(args, _engine(args))
     write = export_pipeline if args.merge else export_lora
     if model.role == ANCHOR and not args.merge:
         raise CRDError(f"{args.target} is a base model and has no LoRA; give a run, or --merge")
@@ -199,17 +208,25 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         raise CRDError(f"cannot write {path}: {error}; choose another --out") from error
 
 
-def _load(args: argparse.Namespace) -> tuple[LoadedModel, Engine]:
+def _engine(args: argparse.Namespace) -> Engine:
     config = run_config(args.target)
-    engine = Engine(CRDConfig.mixed_precision if config is None else config.mixed_precision, args.device)
-    return load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device)), engine
+    return Engine(CRDConfig.mixed_precision if config is None else config.mixed_precision, args.device)
+
+
+def _load(args: argparse.Namespace, engine: Engine) -> LoadedModel:
+    return load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device))
 
 
 def _settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> SamplingSettings:
     config = model.config
     steps = args.steps or (config.eval_steps if config is not None else CRDConfig.eval_steps)
-    size = (config.height, config.width) if config is not None else (None, None)
-    return SamplingSettings(steps, guidance, args.batch, *size)
+    return SamplingSettings(steps, guidance, args.batch, *_size(args, model))
+
+
+def _size(args: argparse.Namespace, model: LoadedModel) -> tuple[int, int]:
+    """Height and width of the images, px: as given, else the run's, else the model's own."""
+    config, (height, width) = model.config or CRDConfig(), model.backbone.default_size
+    return args.height or config.height or height, args.width or config.width or width
 
 
 def _seed(args: argparse.Namespace, model: LoadedModel) -> int:

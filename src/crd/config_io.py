@@ -20,6 +20,8 @@ from crd.text_files import read_text
 def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> CRDConfig:
     """A YAML file, or the name of a bundled recipe, plus overrides.
 
+    The key `extends` names another recipe or file, whose values hold wherever this one gives none.
+
     Args:
         source: path, recipe name such as "ocr-tiny", or None for the defaults.
         overrides: field -> value; strings are read as YAML.
@@ -27,11 +29,28 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
     Raises:
         CRDError: no such file, not a mapping, an unknown key (the nearest is named), or a wrong type.
     """
-    values = {} if source is None else _read_yaml(source)
+    values = {} if source is None else _extended(source)
+    return config_from(_over(values, overrides or {}))
+
+
+def _extended(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a file on top of those of the one it extends."""
+    if str(source) in seen:
+        raise CRDError(f"configurations extend each other in a circle: {' -> '.join((*seen, str(source)))}")
+    values = _read_yaml(source)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise CRDError(f"extends in {source} must name a recipe or a file, got {base!r}")
+    return _over(_extended(base, (*seen, str(source))), values)
+
+
+def _over(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` in place of fields that both name, whichever way they are spelled."""
     field_names(values)
-    replaced = field_names(overrides or {})
-    kept = {key: value for key, value in values.items() if key.replace("-", "_") not in replaced}
-    return config_from({**kept, **(overrides or {})})
+    replaced = field_names(changes)
+    return {**{key: value for key, value in values.items() if key.replace("-", "_") not in replaced}, **changes}
 
 
 def field_names(values: Mapping[str, Any]) -> dict[str, Any]:

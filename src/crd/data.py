@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from crd.errors import CRDError
-from crd.geneval.metadata import parse_metadata
-from crd.geneval.prompts import to_columns
+from crd.errors import CRDError, told_of
+from crd.geneval.metadata import is_benchmark_record, parse_metadata, record_columns
+from crd.geneval.prompts import scene_key
 from crd.prompt_sources import SOURCES, generated_records, interleave, is_generated
-from crd.records import PromptBatch
+from crd.records import ASKED, PromptBatch
 from crd.seeds import derive_seed, generator
-from crd.text_files import read_text
+from crd.text_files import read_lines
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def load_prompts(source: Prompts) -> PromptDataset:
 
     Args:
         source: a .txt (one prompt a line); a .jsonl (`prompt` plus columns; records with `tag` and `include` are
-            GenEval's and checked as such); `NAME:SPLIT[:COUNT]`, NAME world, scenes or geneval, SPLIT train or test;
-            `A+B`, evenly interleaved, a column that one of them lacks being None there; `SOURCE@REWARD[,REWARD]`,
-            judged by these rewards alone; strings or records.
+            GenEval's and checked as such if `include` lists objects with a "class"); `NAME:SPLIT[:COUNT]`, NAME
+            world, scenes or geneval, SPLIT train or test; `A+B`, evenly interleaved, a column that one of them lacks
+            being None there; `SOURCE@REWARD[,REWARD]`, judged by these rewards alone; strings or records, in Python.
 
     Raises:
         CRDError: no such file, an empty one, or a line that does not fit.
@@ -51,24 +51,32 @@ def load_prompts(source: Prompts) -> PromptDataset:
     if isinstance(source, Path):
         return _load_one(str(source))
     if not isinstance(source, str):
-        return _from_records([_record(number, item) for number, item in enumerate(source, start=1)], "the dataset")
-    # A "+" may also be part of a file's name.
-    if "+" not in source or os.path.isfile(source):
+        return _from_records([_record(item, number) for number, item in enumerate(source, start=1)], "the dataset")
+    # "+" and "@" may also be part of a file's name.
+    if os.path.isfile(source) or not set("+@") & set(source):
         return _load_one(source)
     parts = source.split("+")
     if not all(parts):
         raise CRDError(f"joined prompts must be SOURCE+SOURCE, got {source!r}; remove the empty part")
-    return _join([_load_one(part) for part in parts])
+    with told_of(source):
+        return _join([_load_asked(part) for part in parts])
+
+
+def _load_asked(source: str) -> PromptDataset:
+    """One source, and the rewards that an "@" behind it names."""
+    place, at, rewards = source.rpartition("@")
+    if not at or os.path.isfile(source):
+        return _load_one(source)
+    names = rewards.split(",")
+    if not place or not all(names):
+        raise CRDError(f"prompts for some rewards must be SOURCE@REWARD or SOURCE@REWARD,REWARD, got {source!r}")
+    dataset = _load_asked(place)
+    if ASKED in dataset.columns:
+        raise CRDError(f"{place} already says which rewards judge its prompts, got @{rewards} too; leave one out")
+    return PromptDataset(dataset.prompts, {**dataset.columns, ASKED: (names,) * len(dataset)})
 
 
 def _load_one(source: str) -> PromptDataset:
-    place, at, rewards = source.rpartition("@")
-    if at and not os.path.isfile(source):
-        names = rewards.split(",")
-        if not place or not all(names):
-            raise CRDError(f"prompts for some rewards must be SOURCE@REWARD or SOURCE@REWARD,REWARD, got {source!r}")
-        dataset = _load_one(place)
-        return PromptDataset(dataset.prompts, {**dataset.columns, "rewards": (names,) * len(dataset)})
     return _from_records(generated_records(source) if is_generated(source) else _read_file(Path(source)), source)
 
 
@@ -82,35 +90,33 @@ def _join(parts: Sequence[PromptDataset]) -> PromptDataset:
     )
 
 
-def _record(number: int, item: Any) -> dict[str, Any]:
+def _record(item: Any, number: int) -> dict[str, Any]:
     if isinstance(item, str):
         return {"prompt": item}
+    where = f"record {number} of the dataset"
     if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str):
-        raise CRDError(f'record {number} of the dataset must be a string or have a string "prompt", got {item!r:.80}')
-    return dict(item)
+        raise CRDError(f'{where} must be a string or have a string "prompt", got {item!r:.80}')
+    return record_columns(item, where) if is_benchmark_record(item) else dict(item)
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
     missing = f"no prompt file at {path}; give a .txt, a .jsonl or {', '.join(f'{name}:train' for name in SOURCES)}"
-    lines = read_text(path, "prompt file", missing).splitlines()
+    lines = read_lines(path, "prompt file", missing)
     if path.suffix == ".txt":
-        return [{"prompt": line.strip()} for line in lines if line.strip()]
+        return [{"prompt": line} for _, line in lines]
     if path.suffix != ".jsonl":
         raise CRDError(f"prompt files are .txt or .jsonl, got {path}")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CRDError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise CRDError(f'{path} line {number} must be an object with a string "prompt", got {line[:80]!r}')
-        if "tag" in record and "include" in record:
-            record = to_columns(parse_metadata(record, f"{path} line {number}"))
-        records.append(record)
-    return records
+    return [_json_record(line, f"{path} line {number}") for number, line in lines]
+
+
+def _json_record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise CRDError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise CRDError(f'{where} must be an object with a string "prompt", got {line[:80]!r}')
+    return record_columns(record, where) if is_benchmark_record(record) else record
 
 
 def _from_records(records: Sequence[Mapping[str, Any]], source: str) -> PromptDataset:
@@ -127,6 +133,24 @@ def _from_records(records: Sequence[Mapping[str, Any]], source: str) -> PromptDa
         prompts=tuple(str(record["prompt"]) for record in records),
         columns={name: tuple(record[name] for record in records) for name in names},
     )
+
+
+def count_shared(train: PromptDataset, held_out: PromptDataset) -> int:
+    """How many prompts of `held_out` are also in `train`: the same text or, of GenEval's, the same scene."""
+    texts, scenes = set(train.prompts), set(_scenes(train)) - {None}
+    return sum(
+        text in texts or scene in scenes for text, scene in zip(held_out.prompts, _scenes(held_out), strict=True)
+    )
+
+
+def _scenes(dataset: PromptDataset) -> list[str | None]:
+    """`scene_key` of each GenEval prompt, None of the others."""
+    names = [name for name in ("tag", "include", "exclude") if name in dataset.columns]
+    found: list[str | None] = []
+    for index, prompt in enumerate(dataset.prompts):
+        record = {"prompt": prompt, **{name: dataset.columns[name][index] for name in names}}
+        found.append(scene_key(parse_metadata(record, repr(prompt))) if is_benchmark_record(record) else None)
+    return found
 
 
 def epoch_order(size: int, position: int, count: int, seed: int) -> list[int]:

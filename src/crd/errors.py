@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CRDError(Exception):
     """Bad input or environment, told in one line: what was wrong, what was got, what to do.
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+@contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """What is wrong inside is told with its place in front: `where: message`."""
+    try:
+        yield
+    except CRDError as error:
+        raise CRDError(f"{where}: {error}") from error

@@ -1,4 +1,4 @@
-"""From what a user names (a run, a LoRA folder, a model) to a backbone whose `policy` role is that model."""
+"""From what a user names to what a run works with: a model (or run, or LoRA folder) as `policy`, checked prompts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from crd.backbones import Backbone, load_backbone
 from crd.checkpoint import PREFIX, CheckpointFolder
 from crd.config import CRDConfig
 from crd.config_io import load_config
-from crd.errors import CRDError
+from crd.data import PromptDataset, Prompts, load_prompts
+from crd.errors import CRDError, told_of
 from crd.export import LORA_FILE, load_lora, read_lora_settings
+from crd.rewards import RewardSet
 from crd.run_folder import CONFIG_FILE, GIVEN_IN_PYTHON
 from crd.snapshots import ANCHOR, POLICY, LoraSettings, Snapshots
 
@@ -28,7 +30,6 @@ class LoadedModel:
     snapshots: Snapshots
     role: str
     config: CRDConfig | None  # of the run
-    base: str  # the model that was fine-tuned, or is shown as it is
 
 
 def is_run(folder: Path) -> bool:
@@ -40,6 +41,26 @@ def run_config(target: str | Path) -> CRDConfig | None:
     """The configuration of a run; None if `target` is none."""
     path = Path(target)
     return load_config(path / CONFIG_FILE) if is_run(path) else None
+
+
+def base_name(target: str | Path, base: str | None = None) -> str:
+    """The model under what `load_model` would load, or that model itself; nothing is loaded."""
+    config = run_config(target)
+    if config is None and not (Path(target) / LORA_FILE).is_file():
+        return str(target)
+    return base or (CRDConfig if config is None else config).model
+
+
+def judged_prompts(field: str, source: Prompts, rewards: RewardSet) -> PromptDataset:
+    """The prompts of `source`, all of which `rewards` can judge.
+
+    Raises:
+        CRDError: otherwise; begins with `field`, the setting that named the source.
+    """
+    with told_of(field):
+        dataset = load_prompts(source)
+        rewards.check_prompts(dataset.prompts, dataset.columns)
+    return dataset
 
 
 def training_backbone(
@@ -109,17 +130,16 @@ def load_model(
     if checkpoint != "last":
         raise CRDError(f"--checkpoint {checkpoint} is for runs and {target} is none (it has no {CONFIG_FILE})")
     if (path / LORA_FILE).is_file():
-        base = base or CRDConfig.model
-        backbone = load_backbone(base, device=device)
+        backbone = load_backbone(base_name(path, base), device=device)
         snapshots = Snapshots(backbone.denoiser, "lora", read_lora_settings(path), roles=())
         load_lora(snapshots, path)
-        return LoadedModel(backbone, snapshots, POLICY, None, base)
+        return LoadedModel(backbone, snapshots, POLICY, None)
     if base is not None:
         raise CRDError(f"--base is for LoRA folders and {target} is none (it has no {LORA_FILE}); leave it out")
     backbone = load_backbone(target, device=device)
     # An untouched adapter costs nothing, and gives every model the same roles.
     snapshots = Snapshots(backbone.denoiser, "lora", LoraSettings(backbone.lora_targets, rank=1, alpha=1.0), roles=())
-    return LoadedModel(backbone, snapshots, ANCHOR, None, str(target))
+    return LoadedModel(backbone, snapshots, ANCHOR, None)
 
 
 def checkpoint_number(checkpoints: CheckpointFolder, wanted: str) -> int:
@@ -158,4 +178,4 @@ def _load_run(path: Path, base: str | None, wanted: str, device: str) -> LoadedM
     backbone = load_backbone(base or config.model, dtype=_DTYPES[config.base_dtype], device=device)
     snapshots = build_snapshots(backbone, config, roles=())
     snapshots.load_state(POLICY, state.tensors[POLICY])
-    return LoadedModel(backbone, snapshots, POLICY, config, base or config.model)
+    return LoadedModel(backbone, snapshots, POLICY, config)

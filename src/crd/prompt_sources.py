@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from crd.errors import CRDError
-from crd.geneval.metadata import TASKS
-from crd.geneval.prompts import benchmark, scene_key, to_columns, training_prompts
+from crd.geneval.metadata import TASKS, to_columns
+from crd.geneval.prompts import benchmark, scene_key, training_prompts
 from crd.tiny.scene_prompts import scene_prompts
 from crd.tiny.vocabulary import prompts as world_prompts
 

@@ -12,6 +12,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+# The dataset column that names the rewards which judge a prompt; no reward takes it as its own.
+ASKED = "rewards"
+
 
 @dataclass(frozen=True)
 class Conditioning:

@@ -26,3 +26,12 @@ def read_text(path: Path, kind: str, missing: str) -> str:
         raise CRDError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
     except OSError as error:
         raise CRDError(f"cannot read the {kind} {path}: {error.strerror}; check the path") from error
+
+
+def read_lines(path: Path, kind: str, missing: str) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not blank, stripped, each with its number from 1; arguments as `read_text`.
+
+    Only line ends end a line: JSON strings may hold other separators, such as U+2028, as they are.
+    """
+    lines = enumerate(read_text(path, kind, missing).split("\n"), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]

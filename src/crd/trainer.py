@@ -17,13 +17,13 @@ from crd.backbones import Backbone
 from crd.checkpoint import CheckpointFolder
 from crd.config import CRDConfig
 from crd.console import console
-from crd.data import Prompts, epoch_order, load_prompts, prompt_batch
+from crd.data import Prompts, count_shared, epoch_order, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
 from crd.evaluation import EvalResult, SamplingSettings, draw, encode_prompts, evaluate
 from crd.export import export_lora, export_pipeline
 from crd.flow import draw_timesteps
-from crd.loading import build_optimizer, build_snapshots, checkpoint_number, training_backbone
+from crd.loading import build_optimizer, build_snapshots, checkpoint_number, judged_prompts, training_backbone
 from crd.objectives import objective_class
 from crd.objectives.base import Rows
 from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
@@ -68,16 +68,14 @@ class CRDTrainer:
             torch.set_num_threads(config.threads)
         funcs = config.rewards if reward_funcs is None else reward_funcs
         self.rewards = RewardSet([funcs] if isinstance(funcs, str) or callable(funcs) else funcs, config.reward_weights)
-        self.train_data = load_prompts(config.prompts if train_dataset is None else train_dataset)
+        source = config.prompts if train_dataset is None else train_dataset
+        self.train_data = judged_prompts("prompts", source, self.rewards)
         held_out = config.eval_prompts if eval_dataset is None else eval_dataset
-        self.eval_data = None if held_out is None else load_prompts(held_out)
-        for dataset in (self.train_data, self.eval_data):
-            if dataset is not None:
-                self.rewards.check_columns(dataset.columns)
-                self.rewards.check_prompts(dataset.prompts, dataset.columns)
+        self.eval_data = None if held_out is None else judged_prompts("eval_prompts", held_out, self.rewards)
         if config.eval_base_guidance and self.eval_data is None:
             raise CRDError("eval_base_guidance needs evaluation prompts, got none; set eval_prompts, or leave it out")
         self.engine = Engine(config.mixed_precision, config.device)
+        self.rewards.use_device(str(self.engine.device))
         self.backbone = training_backbone(config.model if model is None else model, config, self.engine.device)
         if config.gradient_checkpointing:
             denoiser: Any = self.backbone.denoiser  # a diffusers model; nn.Module knows no such method
@@ -113,6 +111,8 @@ class CRDTrainer:
             CRDError: a broken scorer, a used output folder, a corrupt checkpoint, a failing reward, a full disk.
         """
         self.rewards.self_test()
+        if self.eval_data is not None and (shared := count_shared(self.train_data, self.eval_data)):
+            console.print(f"{shared} of {len(self.eval_data)} evaluation prompts are also training prompts")
         if resume is False:
             self.folder.create(self.recorded)
         else:

@@ -12,6 +12,10 @@ from crd.errors import CRDError
 from crd.geneval.metadata import Exclude, Include, Metadata
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """Where the benchmark draws its lines; the defaults are the published ones.
@@ -32,12 +36,12 @@ class Thresholds:
             ("confidence", self.confidence, 0.3),
             ("counting_confidence", self.counting_confidence, 0.9),
         ):
-            if not 0 <= value <= 1:
-                raise CRDError(f"{name} must be from 0 to 1, got {value}; the published value is {published}")
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise CRDError(f"{name} must be from 0 to 1, got {value!r}; the published value is {published}")
         if isinstance(self.max_objects, bool) or not isinstance(self.max_objects, int) or self.max_objects < 1:
             raise CRDError(f"max_objects must be an integer, 1 or more, got {self.max_objects!r}; published is 16")
-        if not 0 <= self.position < math.inf:
-            raise CRDError(f"position must be a finite number, 0 or more, got {self.position}; published is 0.1")
+        if not _is_number(self.position) or not 0 <= self.position < math.inf:
+            raise CRDError(f"position must be a finite number, 0 or more, got {self.position!r}; published is 0.1")
 
 
 PUBLISHED = Thresholds()

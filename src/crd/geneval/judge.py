@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 
 from crd.errors import CRDError
 from crd.geneval.detections import PUBLISHED, Detections, Thresholds, kept, objects_to_color, with_colors
-from crd.geneval.detectors.base import SCORE_FLOOR, ColorClassifier, Detector
-from crd.geneval.metadata import Metadata
+from crd.geneval.detectors.base import ColorClassifier, Detector, WithSamples
+from crd.geneval.detectors.scope import JudgeScope
+from crd.geneval.metadata import Include, Metadata
 from crd.geneval.scoring import Scores, score_batch
 
-_NOTHING = Detections((), np.empty((0, 4)), np.empty(0))
+CHUNK = 4  # batches of the detector whose masks are in memory at a time
+LEAST = 0.9  # mean score of a detector's own samples
+NOTHING = Image.new("RGB", (256, 256), (150, 150, 150))
 
 
 class GenEvalJudge:
@@ -36,59 +39,63 @@ class GenEvalJudge:
         thresholds: Thresholds = PUBLISHED,
         paper_compat: bool = False,
     ) -> None:
-        for name in ("confidence", "counting_confidence"):
-            if getattr(thresholds, name) < SCORE_FLOOR:
-                raise CRDError(f"{name} must be at least {SCORE_FLOOR}, the least that detectors report, "
-                               f"got {getattr(thresholds, name)}")  # fmt: skip
-        self.detector, self.colors = detector, colors
-        self.thresholds, self.paper_compat = thresholds, paper_compat
+        self.scope = JudgeScope(detector.classes, detector.gives_colors or colors is not None, thresholds)
+        self.detector, self.colors, self.paper_compat = detector, colors, paper_compat
 
-    def check_prompts(self, metadata: Sequence[Metadata]) -> None:
-        """Whether these prompts can be judged, before any image exists.
-
-        Raises:
-            CRDError: a class that the detector does not know, which would score as absent; a color, and nothing here
-                that names colors; more objects than the thresholds let count.
-        """
-        known = set(self.detector.classes)
-        for wanted in metadata:
-            named = [entry.class_name for entry in wanted.include] + [entry.class_name for entry in wanted.exclude]
-            for name in named:
-                if name not in known:
-                    raise CRDError(f"prompt {wanted.prompt!r:.80} is about {name!r}, which the detector does not know; "
-                                   f"its classes: {', '.join(self.detector.classes)}")  # fmt: skip
-            colored = any(entry.color is not None for entry in wanted.include)
-            if colored and self.colors is None and not self.detector.gives_colors:
-                raise CRDError(f"prompt {wanted.prompt!r:.80} asks for a color and this judge names none; "
-                               "give it a color classifier")  # fmt: skip
-            kept(_NOTHING, wanted, self.thresholds)
-
-    def judge(self, images: Sequence[Image.Image], metadata: Sequence[Metadata]) -> tuple[list[Detections], Scores]:
+    def judge(
+        self,
+        images: Sequence[Image.Image],
+        metadata: Sequence[Metadata],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[list[Detections], Scores]:
         """The objects of B images, colors where the scores read them, and the scores.
+
+        Masks are at the size of the images; they serve to name colors, and the objects are returned without them.
 
         Args:
             images: B images.
             metadata: the prompt of each of them.
+            progress: called as `progress(done, B)` after every few batches.
 
         Raises:
-            CRDError: as `check_prompts`.
+            CRDError: as `JudgeScope.check`.
             ValueError: B differs.
         """
         if len(images) != len(metadata):
             raise ValueError(f"metadata must be one for each of the {len(images)} images, got {len(metadata)}")
-        self.check_prompts(metadata)
-        found = self.detector.detect(images)
-        if not self.detector.gives_colors and self.colors is not None:
-            found = self._colored(self.colors, images, found, metadata)
-        return found, score_batch(found, metadata, self.thresholds, self.paper_compat)
+        self.scope.check(metadata)
+        found: list[Detections] = []
+        size = CHUNK * self.detector.batch_size
+        for start in range(0, len(images), size):
+            found += self._find(images[start : start + size], metadata[start : start + size])
+            if progress is not None:
+                progress(len(found), len(images))
+        return found, score_batch(found, metadata, self.scope.thresholds, self.paper_compat)
 
-    def _colored(
-        self,
-        classifier: ColorClassifier,
-        images: Sequence[Image.Image],
-        found: list[Detections],
-        metadata: Sequence[Metadata],
-    ) -> list[Detections]:
-        rows = [objects_to_color(d, m, self.thresholds).tolist() for d, m in zip(found, metadata, strict=True)]
-        names = classifier.classify(images, found, rows)
-        return [with_colors(*one) if one[1] else one[0] for one in zip(found, rows, names, strict=True)]
+    def self_test(self) -> None:
+        """Refuse a detector that sees objects where there are none, or misses those of its own samples.
+
+        Raises:
+            CRDError: it does.
+        """
+        name = self.detector.classes[0]
+        asked = Metadata("single_object", f"a photo of a {name}", (Include(name, 1),))
+        (found,), _ = self.judge([NOTHING], [asked])
+        if len(kept(found, asked, self.scope.thresholds)[name]):
+            raise CRDError(f"the detector finds {name!r} in an empty gray picture; check its weights")
+        if isinstance(self.detector, WithSamples):
+            images, wanted = zip(*self.detector.samples(), strict=True)
+            mean = self.judge(images, wanted)[1].soft.mean()
+            if mean < LEAST:
+                raise CRDError(f"the detector scores its own samples {mean:.2f} on average, at least {LEAST} is "
+                               "expected; reinstall crd, or train it again")  # fmt: skip
+
+    def _find(self, images: Sequence[Image.Image], metadata: Sequence[Metadata]) -> list[Detections]:
+        """The objects of a chunk of images, with colors and without masks."""
+        found = self.detector.detect(images)
+        if self.colors is not None and not self.detector.gives_colors:
+            limits = self.scope.thresholds
+            rows = [objects_to_color(d, m, limits).tolist() for d, m in zip(found, metadata, strict=True)]
+            names = self.colors.classify(images, found, rows)
+            found = [with_colors(*one) if one[1] else one[0] for one in zip(found, rows, names, strict=True)]
+        return [replace(objects, masks=None) for objects in found]

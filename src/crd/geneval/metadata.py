@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from crd.errors import CRDError
-from crd.text_files import read_text
 
+KEYS = ("tag", "include", "exclude", "prompt")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -78,16 +77,20 @@ def parse_metadata(record: Mapping[str, Any], where: str) -> Metadata:
         where: names the record in errors.
 
     Raises:
-        CRDError: a key is missing, unknown or of the wrong type; a color, relation or count that does not exist; a
-            position that refers to itself or to a later include.
+        CRDError: a key is missing, unknown or of the wrong type; a task, color, relation or count that does not exist;
+            a position that refers to itself or to a later include.
     """
-    unknown = sorted(set(record) - {"tag", "include", "exclude", "prompt"})
+    unknown = sorted(set(record) - set(KEYS))
     if unknown:
-        raise CRDError(f"{where}: unknown key {unknown[0]!r}; GenEval records have tag, include, exclude, prompt")
+        raise CRDError(f"{where}: unknown key {unknown[0]!r}; GenEval records have {', '.join(KEYS)}")
     for key, kind in (("tag", str), ("prompt", str), ("include", list | tuple)):
         if not isinstance(record.get(key), kind):
             raise CRDError(f"{where}: {key} must be a {'list' if key == 'include' else 'string'}, "
                            f"got {record.get(key)!r:.60}")  # fmt: skip
+    if record["tag"] not in TASKS:
+        near = difflib.get_close_matches(record["tag"], TASKS, n=1)
+        raise CRDError(f"{where}: tag must be one of {', '.join(TASKS)}, got {record['tag']!r:.60}"
+                       + (f"; did you mean {near[0]!r}?" if near else ""))  # fmt: skip
     exclude = record.get("exclude")
     if exclude is None:  # left out, or the null of a table whose other rows have one
         exclude = ()
@@ -105,31 +108,38 @@ def parse_metadata(record: Mapping[str, Any], where: str) -> Metadata:
     )  # fmt: skip
 
 
-def read_metadata(path: Path) -> list[Metadata]:
-    """The prompts of a file in the benchmark's format, such as its `evaluation_metadata.jsonl`.
+def is_benchmark_record(record: Mapping[str, Any]) -> bool:
+    """Whether a dataset record is one of GenEval's, not one with columns of its own named `tag` and `include`."""
+    include = record.get("include")
+    if "tag" not in record or not isinstance(include, list | tuple):
+        return False
+    return any(isinstance(entry, Mapping) and "class" in entry for entry in include)
+
+
+def to_columns(metadata: Metadata) -> dict[str, Any]:
+    """A dataset record: `prompt`, and the columns `tag`, `include`, `exclude` in the benchmark's JSON form.
+
+    `exclude` is always there, () where there is none.
+    """
+    return {"exclude": (), **metadata.to_record()}
+
+
+def record_columns(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A GenEval record, checked, as `to_columns` gives it, and the columns for other rewards that it also holds.
 
     Raises:
-        CRDError: no such file, an empty one, or a line that does not fit; names the line.
+        CRDError: as `parse_metadata`; or `exclude` is missing and another key looks like it.
     """
-    lines = read_text(path, "GenEval metadata", f"no GenEval metadata at {path}").split("\n")
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CRDError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise CRDError(f"{path} line {number} must be an object, got {line[:60]!r}")
-        found.append(parse_metadata(record, f"{path} line {number}"))
-    if not found:
-        raise CRDError(f"{path} holds no prompts; add at least one")
-    return found
+    columns = {name: value for name, value in record.items() if name not in KEYS}
+    for name in columns:
+        # The other keys cannot be misspelt, or it would be no such record.
+        if "exclude" not in record and difflib.get_close_matches(name.lower(), ["exclude"], cutoff=0.75):
+            raise CRDError(f"{where}: unknown key {name!r}; did you mean 'exclude'? Otherwise rename it")
+    return {**columns, **to_columns(parse_metadata({n: v for n, v in record.items() if n in KEYS}, where))}
 
 
 def parse_columns(prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[Metadata]:
-    """The typed form of dataset columns `tag`, `include`, `exclude` of B prompts; each distinct prompt is read once.
+    """The typed form of dataset columns `tag`, `include`, `exclude` of B prompts.
 
     Raises:
         CRDError: a column is missing, or as `parse_metadata`.
@@ -138,12 +148,11 @@ def parse_columns(prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) 
         if name not in columns:
             raise CRDError(f"GenEval prompts need the column {name!r}, got {', '.join(columns) or 'none'}; "
                            "use scenes:test, geneval:test or a file of the benchmark")  # fmt: skip
-    known: dict[str, Metadata] = {}
-    for index, prompt in enumerate(prompts):
-        if prompt not in known:
-            record = {name: columns[name][index] for name in ("tag", "include", "exclude")}
-            known[prompt] = parse_metadata({**record, "prompt": prompt}, f"prompt {prompt!r:.60}")
-    return [known[prompt] for prompt in prompts]
+    rows = zip(prompts, columns["tag"], columns["include"], columns["exclude"], strict=True)
+    return [
+        parse_metadata({"tag": tag, "include": include, "exclude": exclude, "prompt": prompt}, f"prompt {prompt!r:.60}")
+        for prompt, tag, include, exclude in rows
+    ]
 
 
 def _include(entry: Any, index: int, where: str) -> Include:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from crd.errors import CRDError
 from crd.geneval.metadata import COCO_CLASSES, COLORS, RELATIONS, TASKS, Exclude, Include, Metadata
@@ -200,7 +199,7 @@ def benchmark(
 ) -> list[Metadata]:
     """A suite as GenEval draws it: each class once, `per_task` draws of each other task, duplicates removed.
 
-    The published suite of 553 prompts came from another random generator; read its file with `read_metadata`.
+    The published suite of 553 prompts came from another random generator; `load_prompts` reads its file.
 
     Raises:
         CRDError: too few classes or colors for a task.
@@ -232,11 +231,3 @@ def is_held_out(metadata: Metadata) -> bool:
     if metadata.tag == "single_object":
         return False
     return hashlib.sha256(scene_key(metadata).encode()).digest()[0] < 64
-
-
-def to_columns(metadata: Metadata) -> dict[str, Any]:
-    """A dataset record: `prompt`, and the columns `tag`, `include`, `exclude` in the benchmark's JSON form.
-
-    `exclude` is always there, () where there is none.
-    """
-    return {"exclude": (), **metadata.to_record()}

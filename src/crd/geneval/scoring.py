@@ -7,23 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crd.geneval.detections import PUBLISHED, Detections, Thresholds, kept, objects_to_color, with_colors
+from crd.geneval.detections import PUBLISHED, Detections, Thresholds, kept
 from crd.geneval.metadata import RELATIONS, Include, Metadata
 from crd.geneval.relations import relations
 
-__all__ = [
-    "PUBLISHED",
-    "Detections",
-    "Score",
-    "Scores",
-    "Thresholds",
-    "kept",
-    "objects_to_color",
-    "relations",
-    "score_batch",
-    "score_image",
-    "with_colors",
-]
+__all__ = ["Score", "Scores", "score_batch", "score_image"]
 
 
 @dataclass(frozen=True)

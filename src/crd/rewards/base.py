@@ -7,6 +7,7 @@ its signature names (all of them if it takes `**columns`). It returns B numbers,
 - `score_range = (low, high)`: a score outside is an error, and it is the scale a report may draw;
 - `check_prompts(prompts)`: called when prompts are loaded; raises `CRDError` for one it cannot score;
 - `check_columns(prompts, columns)`: the same with the dataset columns it takes;
+- `use_device(device)`: called once the run's device is known, before `self_test`: "cpu", "cuda", "cuda:1";
 - `self_test()`: called before step 0; raises `CRDError` if the scorer is broken; may return sample scores,
   which must then differ.
 
@@ -17,16 +18,18 @@ which rewards are asked about a prompt (a list of names; None or no such column:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from crd.errors import CRDError
-from crd.records import RewardOutput
+from crd.records import ASKED, RewardOutput
+from crd.rewards.abilities import ColumnChecking, DeviceUsing, PromptChecking, Ranged, SelfTesting
+from crd.rewards.asked import own_columns, rows_asked
 from crd.rewards.registry import resolve, reward_name
 from crd.rewards.signature import ColumnUse, column_use, quote
 from crd.rewards.values import score_list
@@ -34,28 +37,6 @@ from crd.rewards.values import score_list
 __all__ = ["RewardFunction", "RewardSet", "WeightedReward", "resolve"]
 
 RewardFunction = Callable[..., Any]
-# The dataset column that names the rewards which judge a prompt; no reward takes it as its own.
-ASKED = "rewards"
-
-
-@runtime_checkable
-class _SelfTesting(Protocol):
-    def self_test(self) -> Sequence[float] | None: ...
-
-
-@runtime_checkable
-class _PromptChecking(Protocol):
-    def check_prompts(self, prompts: Sequence[str]) -> None: ...
-
-
-@runtime_checkable
-class _ColumnChecking(Protocol):
-    def check_columns(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None: ...
-
-
-@runtime_checkable
-class _Ranged(Protocol):
-    score_range: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -111,44 +92,35 @@ class RewardSet:
         """Weight of each reward by name."""
         return {reward.name: reward.weight for reward in self.rewards}
 
-    def check_columns(self, available: Iterable[str]) -> None:
-        """Refuse, at load time, a dataset that lacks a column some reward requires.
+    def check_prompts(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Refuse, at load time, prompts that the rewards asked about them cannot score; columns included.
 
         Args:
-            available: names of the dataset columns beside the prompt.
+            prompts: P prompts.
+            columns: dataset columns, each of length P.
 
         Raises:
-            CRDError: naming the reward, the missing column, and the columns there are.
+            CRDError: a prompt names an unknown reward, or none with a weight; a column that a reward requires is
+                missing; or from a reward's own `check_prompts` or `check_columns`, naming the prompt.
         """
-        columns = list(available)
-        for use in self._uses:
-            use.check(columns)
-
-    def check_prompts(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
-        """Refuse, at load time, a prompt that some reward asked about it cannot score.
-
-        Raises:
-            CRDError: from the reward's own `check_prompts`, naming the prompt; or a prompt names an unknown reward.
-        """
-        for reward in self.rewards:
-            asked = self._asked(reward.name, prompts, columns)
-            chosen = [prompts[i] for i in asked]
-            if isinstance(reward.function, _PromptChecking):
-                reward.function.check_prompts(chosen)
-            if isinstance(reward.function, _ColumnChecking):
-                reward.function.check_columns(chosen, _rows(columns, asked))
-
-    def _asked(self, name: str, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[int]:
-        """Indices of the images that reward `name` is asked about."""
-        chosen = columns.get(ASKED, [None] * len(prompts))
-        known = [reward.name for reward in self.rewards]
-        for names, prompt in zip(chosen, prompts, strict=True):
-            if names is not None and (isinstance(names, str) or not set(names) <= set(known)):
+        rows = rows_asked(prompts, columns, list(self.weights))
+        judged = {row for reward in self.rewards if reward.weight != 0 for row in rows[reward.name]}
+        for index, prompt in enumerate(prompts):
+            if index not in judged:
                 raise CRDError(
-                    f"column {ASKED!r} of prompt {quote(prompt)} must list rewards of this run ({', '.join(known)}), "
-                    f"got {names!r:.60}; correct it"
+                    f"prompt {quote(prompt)} is judged by {', '.join(columns[ASKED][index])} alone, of weight 0; "
+                    f"remove it, or name a reward with a weight in its column {ASKED!r}"
                 )
-        return [index for index, names in enumerate(chosen) if names is None or name in names]
+        for reward, use in zip(self.rewards, self._uses, strict=True):
+            asked = rows[reward.name]
+            if not asked:
+                continue
+            chosen, own = [prompts[i] for i in asked], own_columns(columns, asked)
+            use.check(own)
+            if isinstance(reward.function, PromptChecking):
+                reward.function.check_prompts(chosen)
+            if isinstance(reward.function, ColumnChecking):
+                reward.function.check_columns(chosen, own)
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -174,11 +146,12 @@ class RewardSet:
         counted = torch.zeros(len(images), dtype=torch.bool)
         if not images:
             return RewardOutput(total, {reward.name: total.clone() for reward in self.rewards})
+        rows = rows_asked(prompts, columns, list(self.weights))
         for reward, use in zip(self.rewards, self._uses, strict=True):
             scores = torch.full((len(images),), math.nan, dtype=torch.float64)
-            asked = self._asked(reward.name, prompts, columns)
+            asked = rows[reward.name]
             if asked:
-                chosen = [images[i] for i in asked], [prompts[i] for i in asked], _rows(columns, asked)
+                chosen = [images[i] for i in asked], [prompts[i] for i in asked], own_columns(columns, asked)
                 scores[asked] = _scores_of(reward, use, *chosen)
             applies = ~scores.isnan()
             scored[reward.name] = scores
@@ -193,10 +166,16 @@ class RewardSet:
             )
         return RewardOutput(total, scored)
 
+    def use_device(self, device: str) -> None:
+        """Tell every reward that has networks of its own where the run computes."""
+        for reward in self.rewards:
+            if isinstance(reward.function, DeviceUsing):
+                reward.function.use_device(device)
+
     def self_test(self) -> None:
         """Run every reward's own `self_test()`; refuse one that fails or scores all its samples alike."""
         for reward in self.rewards:
-            if not isinstance(reward.function, _SelfTesting):
+            if not isinstance(reward.function, SelfTesting):
                 continue
             try:
                 scores = reward.function.self_test()
@@ -215,7 +194,7 @@ class RewardSet:
 
 def _weighted(function: str | RewardFunction, weight: float) -> WeightedReward:
     resolved = resolve(function)
-    score_range = resolved.score_range if isinstance(resolved, _Ranged) else None
+    score_range = resolved.score_range if isinstance(resolved, Ranged) else None
     return WeightedReward(reward_name(function, resolved), resolved, weight, score_range)
 
 
@@ -223,11 +202,6 @@ def _check_lengths(count: int, prompts: Sequence[str], columns: Mapping[str, Seq
     for name, values in {"prompts": prompts, **columns}.items():
         if len(values) != count:
             raise ValueError(f"{name} must hold one entry per image ({count}), got {len(values)}")
-
-
-def _rows(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-    """The dataset columns of some images, without the one that is not the rewards' own."""
-    return {name: [values[i] for i in indices] for name, values in columns.items() if name != ASKED}
 
 
 def _scores_of(

@@ -101,13 +101,13 @@ def _t5_encoder(vocab_size: int, width: int) -> T5EncoderModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """64 x 64 RGB to 4 x 16 x 16 latents and back."""
+    """64 x 64 RGB to 8 x 16 x 16 latents and back."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=8,
         norm_num_groups=8,
         sample_size=64,
         mid_block_add_attention=False,
@@ -128,8 +128,8 @@ def build_pipeline(seed: int) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=8,
+        out_channels=8,
         num_layers=6,
         attention_head_dim=32,
         num_attention_heads=6,

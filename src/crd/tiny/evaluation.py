@@ -1,7 +1,8 @@
-"""Score a bundled-world pipeline folder: OCR reward on held-out prompts at several guidance scales."""
+"""Score a bundled-world pipeline folder on held-out prompts, words and scenes, at several guidance scales."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -16,11 +17,13 @@ from crd.rewards import RewardSet
 STEPS = 10
 ROW_LENGTH = 12
 
+Results = dict[float, EvalResult]
 
-def evaluate_scales(folder: Path, prompts: str, scales: tuple[float, ...]) -> dict[float, EvalResult]:
-    """Held-out OCR reward of a pipeline folder at each guidance scale, same noise; on the CPU."""
+
+def evaluate_scales(folder: Path, prompts: str, reward: str, scales: tuple[float, ...]) -> Results:
+    """Held-out reward of a pipeline folder at each guidance scale, same noise; on the CPU."""
     backbone, engine = load_backbone(folder), Engine("auto", "cpu")
-    dataset, rewards, uncond = load_prompts(prompts), RewardSet(["ocr"]), encode_prompts(backbone, engine, [""])
+    dataset, rewards, uncond = load_prompts(prompts), RewardSet([reward]), encode_prompts(backbone, engine, [""])
     found = {}
     for scale in scales:
         settings = SamplingSettings(STEPS, scale, 32, None, None)
@@ -30,10 +33,14 @@ def evaluate_scales(folder: Path, prompts: str, scales: tuple[float, ...]) -> di
     return found
 
 
-def scales_grid(results: dict[float, EvalResult], scales: tuple[float, ...]) -> Image.Image:
-    """A row of pictures for each scale, from the same noise."""
+def scales_grid(parts: Sequence[Results], scales: tuple[float, ...]) -> Image.Image:
+    """A row of pictures for each scale, from the same noise; equally many of each part."""
+    count = ROW_LENGTH // len(parts)
     rows = [
-        GridRow("no guidance" if scale == 1 else f"guidance {scale:g}", results[scale].images[:ROW_LENGTH])
+        GridRow(
+            "no guidance" if scale == 1 else f"guidance {scale:g}",
+            [image for results in parts for image in results[scale].images[:count]],
+        )
         for scale in scales
     ]
-    return draw_grid(rows, results[scales[0]].prompts[:ROW_LENGTH])
+    return draw_grid(rows, [prompt for results in parts for prompt in results[scales[0]].prompts[:count]])

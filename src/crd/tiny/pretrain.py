@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,16 +23,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crd.flow import interpolate, velocity_target
 from crd.memory import keep_freed_memory
-from crd.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from crd.tiny.architecture import build_pipeline, encode_captions
 from crd.tiny.evaluation import evaluate_scales, scales_grid
+from crd.tiny.pretrain_state import State
 from crd.tiny.render import LEVELS, Level, random_scene, render
 from crd.tiny.scene_prompts import pretraining_prompt
 from crd.tiny.scenes import render_scene, scene_for
@@ -77,8 +74,8 @@ def draw_batch(rng: np.random.Generator, size: int, level: Level, scenes: float)
     pixels, captions = [], []
     for _ in range(size):
         if rng.random() < scenes:
-            wanted = pretraining_prompt(rng)
-            pixels.append(render_scene(scene_for(wanted, rng)))
+            wanted = pretraining_prompt(rng, level.tasks)
+            pixels.append(render_scene(scene_for(wanted, rng, level.roam)))
             captions.append(wanted.prompt)
         else:
             word = random_scene(rng, level)
@@ -86,89 +83,6 @@ def draw_batch(rng: np.random.Generator, size: int, level: Level, scenes: float)
             captions.append(word.caption())
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
     return images, captions
-
-
-def build_optimizers(
-    parameters: dict[str, nn.Parameter], args: argparse.Namespace
-) -> dict[str, tuple[torch.optim.Optimizer, list[str]]]:
-    """Muon for the matrices inside transformer blocks, AdamW for all else; each with its parameters' names.
-
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the update is scaled to
-    AdamW's size, so that both share one learning rate (Liu et al. 2025, arXiv 2502.16982).
-    """
-    matrices = [n for n, p in parameters.items() if p.ndim == 2 and (".transformer_blocks." in n or ".layers." in n)]
-    rest = [n for n in parameters if n not in set(matrices)]
-    found: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {
-        "adamw": (
-            torch.optim.AdamW([parameters[n] for n in rest], lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01),
-            rest,
-        )
-    }
-    if matrices:
-        muon = torch.optim.Muon(
-            [parameters[n] for n in matrices], lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
-        found["muon"] = (muon, matrices)
-    return found
-
-
-class State:
-    """What is kept on disk of one stage: modules, optimizer, moving average, counters; safetensors and JSON only."""
-
-    def __init__(self, folder: Path, modules: dict[str, nn.Module], args: argparse.Namespace) -> None:
-        self.folder, self.modules = folder, modules
-        self.names = [f"{m}.{n}" for m, module in modules.items() for n, _ in module.named_parameters()]
-        self.parameters = [p for module in modules.values() for p in module.parameters()]
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizers = build_optimizers(dict(zip(self.names, self.parameters, strict=True)), args)
-        self.counters: dict[str, float] = {"images": 0, "seconds": 0.0, "level": 0}
-
-    def step(self, lr: float) -> None:
-        """Clip, step every optimizer at `lr`, clear."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer, _ in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def update_average(self, decay: float) -> None:
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
-
-    def swap_average(self) -> None:
-        """Exchange weights and their moving average; calling it twice changes nothing."""
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            kept = parameter.detach().clone()
-            parameter.data.copy_(average)
-            average.copy_(kept)
-
-    def save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"weight:{n}": p.detach().cpu().contiguous() for n, p in zip(self.names, self.parameters, strict=True)
-        }
-        tensors |= {f"average:{n}": a.cpu().contiguous() for n, a in zip(self.names, self.average, strict=True)}
-        for kind, (optimizer, names) in self.optimizers.items():
-            tensors |= {f"{kind}:{k}": v for k, v in optimizer_tensors(optimizer, names).items()}
-        temporary = self.folder / "state.tmp"
-        save_file(tensors, temporary, metadata={"counters": json.dumps(self.counters)})
-        os.replace(temporary, self.folder / "state.safetensors")
-
-    def load(self) -> bool:
-        """Whether a saved state was found and taken up."""
-        path = self.folder / "state.safetensors"
-        if not path.exists():
-            return False
-        tensors = load_file(path)
-        with safe_open(path, "pt") as handle:
-            self.counters = json.loads(handle.metadata()["counters"])
-        for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
-            parameter.data.copy_(tensors[f"weight:{name}"])
-            average.copy_(tensors[f"average:{name}"])
-        for kind, (optimizer, names) in self.optimizers.items():
-            flat = {k.removeprefix(f"{kind}:"): v for k, v in tensors.items() if k.startswith(f"{kind}:")}
-            load_optimizer_tensors(optimizer, names, flat)
-        return True
 
 
 def autocast(args: argparse.Namespace) -> AbstractContextManager[None]:
@@ -184,7 +98,7 @@ def learning_rate(args: argparse.Namespace, images: int, total: int) -> float:
 def train_vae(args: argparse.Namespace, pipe: Any) -> None:
     """L1 plus edge reconstruction and a light KL; ends by measuring the latent scale and shift."""
     vae = pipe.vae.to(memory_format=torch.channels_last)
-    state = State(args.work / "vae", {"vae": vae}, args)
+    state = State(args.work / "vae", {"vae": vae}, args.lr)
     state.load()
     started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
     while images < args.vae_images:
@@ -229,7 +143,7 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
         "text_encoder_2": pipe.text_encoder_2,
         "text_encoder_3": pipe.text_encoder_3,
     }
-    state = State(args.work / "flow", modules, args)
+    state = State(args.work / "flow", modules, args.lr)
     state.load()
     state.counters["level"] = max(int(state.counters["level"]), args.start_level)
     fast = torch.compile(pipe.transformer) if args.compile else pipe.transformer
@@ -286,11 +200,15 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
             state.swap_average()
             save_pipeline(pipe, args.work / "pipeline")
             state.swap_average()
-            results = evaluate_scales(args.work / "pipeline", "world:test:64", (1.0, 3.0))
-            scales_grid(results, (1.0, 3.0)).save(args.work / "grid.png")
-            scores = {f"reward_cfg_{scale:g}": result.mean for scale, result in results.items()}
+            parts = {
+                reward: evaluate_scales(args.work / "pipeline", prompts, reward, (1.0, 3.0))
+                for reward, prompts in (("ocr", "world:test:64"), ("geneval-tiny", "scenes:test:96"))
+            }
+            scales_grid(list(parts.values()), (1.0, 3.0)).save(args.work / "grid.png")
+            scores = {f"{reward}_cfg_{scale:g}": found.mean for reward, results in parts.items()
+                      for scale, found in results.items()}  # fmt: skip
             log(args, {"stage": "eval", **scores, **state.counters})
-            if scores["reward_cfg_1"] >= args.climb_at and state.counters["level"] < args.top_level:
+            if scores["ocr_cfg_1"] >= args.climb_at and state.counters["level"] < args.top_level:
                 state.counters["level"] += 1
         if images % args.save_every < args.batch or images >= args.images:
             state.save()

@@ -1,7 +1,8 @@
 """The bundled world's renderer: 64 x 64 pictures of words on textured grounds, with their captions.
 
-A `Level` says how much varies. Level 0 is narrow (one font, letters in fixed cells, no jitter); each next level
-adds fonts, sizes, positions, inks, colors and longer words. Training climbs the levels; captions never tell them.
+A `Level` says how much varies. Level 0 is narrow (one font, letters in fixed cells, no jitter; single objects near the
+middle); each next level adds fonts, sizes, positions, inks, colors, longer words, and scenes of more objects. Training
+climbs the levels; captions never tell them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from crd.errors import CRDError
+from crd.geneval.metadata import TASKS
 from crd.tiny.vocabulary import JOINTS, LETTERS, THEMES, caption, is_test_word, words_of
 
 SIZE = 64
@@ -54,6 +56,9 @@ INK = {
 }
 
 
+ONE_OBJECT, TWO_OBJECTS = ("single_object", "colors"), ("two_object", "color_attr")
+
+
 @dataclass(frozen=True)
 class Level:
     """How widely pictures vary: `fonts` and `inks` from the front of their lists, jitter in pixels."""
@@ -64,11 +69,13 @@ class Level:
     scales: tuple[float, ...]
     letters: tuple[int, ...]
     tint: float = 0.0  # ground and ink are multiplied, channel by channel, by factors in 1 +- tint
+    tasks: tuple[str, ...] = TASKS  # of GenEval, that scenes are drawn for
+    roam: float = 1.0  # share of its room that an object may wander from the middle of the picture
 
 
 LEVELS = (
-    Level(fonts=1, inks=1, jitter=0, scales=(1.0,), letters=(3, 4, 5)),
-    Level(fonts=2, inks=1, jitter=1, scales=(0.95, 1.0), letters=(3, 4, 5)),
+    Level(fonts=1, inks=1, jitter=0, scales=(1.0,), letters=(3, 4, 5), tasks=ONE_OBJECT, roam=0.2),
+    Level(fonts=2, inks=1, jitter=1, scales=(0.95, 1.0), letters=(3, 4, 5), tasks=(*ONE_OBJECT, *TWO_OBJECTS)),
     Level(fonts=4, inks=2, jitter=3, scales=(0.88, 0.92, 0.96, 1.0), letters=(3, 4, 5)),
     Level(fonts=8, inks=3, jitter=5, scales=(0.8, 0.85, 0.9, 0.95, 1.0), letters=(3, 4, 5, 6)),
     Level(fonts=8, inks=3, jitter=8, scales=(0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), letters=(3, 4, 5, 6), tint=0.25),

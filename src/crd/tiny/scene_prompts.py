@@ -15,10 +15,8 @@ SCENE_CLASSES = (
     "apple", "banana", "boat", "book", "bottle", "car", "chair", "clock", "cup", "donut", "kite", "umbrella",
 )  # fmt: skip
 TEST_MIX = dict.fromkeys(TASKS, 1)
-PRETRAINING_MIX = dict.fromkeys(TASKS, 1)
 
 _SIZES = {tag: prompt_count(tag, SCENE_CLASSES) for tag in TASKS}
-_TASK_TICKETS = tuple(tag for tag, weight in PRETRAINING_MIX.items() for _ in range(weight))
 
 
 def scene_prompts(split: str, count: int, seed: int = 0) -> list[Metadata]:
@@ -44,10 +42,10 @@ def _is_test(metadata: Metadata) -> bool:
     return metadata.tag == "single_object" or is_held_out(metadata)
 
 
-def pretraining_prompt(rng: np.random.Generator | random.Random) -> Metadata:
-    """A random prompt that is not held out, the tasks in the proportions of `PRETRAINING_MIX`."""
+def pretraining_prompt(rng: np.random.Generator | random.Random, tasks: tuple[str, ...] = TASKS) -> Metadata:
+    """A random prompt of one of `tasks`, all tasks equally likely, that is not held out."""
     below = rng.randrange if isinstance(rng, random.Random) else rng.integers
-    tag = _TASK_TICKETS[int(below(len(_TASK_TICKETS)))]
+    tag = tasks[int(below(len(tasks)))]
     while True:
         metadata = nth_prompt(tag, int(below(_SIZES[tag])), SCENE_CLASSES, COLORS)
         if not is_held_out(metadata):

@@ -1,4 +1,4 @@
-"""The bundled world's scenes: 64 x 64 pictures of one to four objects, drawn to fit a GenEval prompt.
+"""The bundled world's scenes: 64 x 64 pictures of a few objects, drawn to fit a GenEval prompt.
 
 Every scene knows its objects' classes, colors, boxes and masks, so it is its own perfect detector.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crd.errors import CRDError
 from crd.geneval.detections import Detections
 from crd.geneval.metadata import Include, Metadata
 from crd.tiny.objects import DRAWINGS, PALETTE, sprite
@@ -27,10 +28,11 @@ GROUNDS = (
     ((150, 190, 182), (178, 208, 200)),  # mint
 )
 PATTERNS = ("plain", "slope", "horizon", "stripes", "tiles", "dots")
-# Root of an object's area (width times height), px, by the number of objects.
+# Root of an object's area (width times height), px, by the number of objects; more than four are drawn as four are.
 SIDES = {1: (20, 30), 2: (17, 24), 3: (15, 20), 4: (14, 18)}
 # A drawn relation is clear: the offset across it is at most this share of the offset along it.
 MAX_SLANT = 0.6
+LAYOUTS = 200  # tries at placing all objects; where there is room, a dozen do
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign
 
 
@@ -59,18 +61,27 @@ class ObjectScene:
     texture_seed: int
 
 
-def scene_for(metadata: Metadata, rng: np.random.Generator) -> ObjectScene:
-    """A scene that shows exactly what the prompt asks for; what it leaves open (colors, places) is random."""
+def scene_for(metadata: Metadata, rng: np.random.Generator, roam: float = 1.0) -> ObjectScene:
+    """A scene that shows exactly what the prompt asks for; what it leaves open (colors, places) is random.
+
+    Args:
+        metadata: of up to five objects; of more, not all may fit.
+        rng: draws all that is random.
+        roam: share of its room that an object may wander from the middle; only single objects fit below about 0.5.
+
+    Raises:
+        CRDError: the objects do not fit into the picture.
+    """
     wanted = [(include, n) for include in metadata.include for n in range(include.count)]
     one_color = rng.random() < 0.5
     free = [str(c) for c in rng.choice(list(PALETTE), len(wanted))]
-    while True:
+    for _ in range(LAYOUTS):
         sides = rng.integers(*SIDES[min(len(wanted), 4)], endpoint=True, size=len(wanted))
         placed: list[SceneObject] = []
         groups: list[list[SceneObject]] = [[] for _ in metadata.include]
         for (include, n), side, color in zip(wanted, sides, free, strict=True):
             shown = include.color or (free[0] if one_color and n else color)
-            thing = _place(include, shown, int(side), placed, groups, rng)
+            thing = _place(include, shown, int(side), placed, groups, roam, rng)
             if thing is None:
                 break
             placed.append(thing)
@@ -82,6 +93,8 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> ObjectScene:
                 PATTERNS[rng.integers(len(PATTERNS))],
                 int(rng.integers(2**31)),
             )
+    raise CRDError(f"the {len(wanted)} objects of the prompt {metadata.prompt!r:.80} do not fit into a scene of "
+                   f"{SIZE} x {SIZE} px (tried {LAYOUTS} layouts); ask for fewer")  # fmt: skip
 
 
 def _place(
@@ -90,13 +103,16 @@ def _place(
     side: int,
     placed: Sequence[SceneObject],
     groups: Sequence[Sequence[SceneObject]],
+    roam: float,
     rng: np.random.Generator,
 ) -> SceneObject | None:
     """An object that overlaps no other and keeps the relation asked for; None if forty tries found no room."""
     aspect = DRAWINGS[include.class_name].aspect
     width = round(side / aspect**0.5)
     height = max(1, round(width * aspect))
-    for left, top in rng.integers((1, 1), (SIZE - width, SIZE - height), size=(40, 2)):
+    room = np.array((SIZE - width - 2, SIZE - height - 2))
+    margin = 1 + np.round(room * (1 - roam) / 2).astype(int)
+    for left, top in rng.integers(margin, SIZE - margin - (width, height), endpoint=True, size=(40, 2)):
         thing = SceneObject(include.class_name, color, int(left), int(top), width)
         if any(_gap(thing, other) < 1 for other in placed):
             continue

@@ -1,4 +1,4 @@
-"""Detectors for GenEval, and how a judge is made of a name."""
+"""Detectors for GenEval, and how a judge is made of a name, a file or settings."""
 
 from __future__ import annotations
 
@@ -6,64 +6,128 @@ import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
-from crd.errors import CRDError
-from crd.geneval.detections import Thresholds
-from crd.geneval.detectors.base import SCORE_FLOOR, ColorClassifier, Detector
+from crd.errors import CRDError, told_of
+from crd.geneval.detections import PUBLISHED, Thresholds
+from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, ColorClassifier, Detector
 from crd.geneval.detectors.config import JudgeConfig
+from crd.geneval.detectors.scope import JudgeScope
+from crd.text_files import read_text
 
 if TYPE_CHECKING:
     from crd.geneval.judge import GenEvalJudge
 
-__all__ = ["DETECTORS", "SCORE_FLOOR", "ColorClassifier", "Detector", "JudgeConfig", "load_judge"]
+__all__ = [
+    "DETECTORS",
+    "SCORE_FLOOR",
+    "ColorClassifier",
+    "Detector",
+    "JudgeConfig",
+    "judge_scope",
+    "judge_settings",
+    "load_judge",
+]
 
-# Name -> class with a classmethod `from_config(JudgeConfig)`. A new detector is one file and one line here. Strings, so
-# that its libraries load only when it is asked for.
+# Name -> class. Strings, so that its libraries load only when it is asked for. A new detector is one file and one line
+# here. Beside what `Detector` asks for it has `published_thresholds` (whether the published ones are made for it) and
+# the classmethods `classes_for(JudgeConfig)`, which refuses settings that do not fit without loading a model, and
+# `from_config(JudgeConfig)`.
 DETECTORS: dict[str, str] = {
     "mask2former": "crd.geneval.detectors.mask2former:Mask2FormerDetector",
     "open-vocabulary": "crd.geneval.detectors.open_vocabulary:OpenVocabularyDetector",
     "tiny": "crd.tiny.detector:SceneDetector",
     "tiny-transformer": "crd.tiny.detector:TransformerSceneDetector",
 }
+CONFIDENCES = ("confidence", "counting_confidence")
 
 
-def load_judge(config: str | Mapping[str, Any] | JudgeConfig = "mask2former") -> GenEvalJudge:
+def judge_settings(config: str | Mapping[str, Any] | JudgeConfig = "mask2former") -> JudgeConfig:
+    """The settings of a judge, checked as far as they can be without its models.
+
+    Args:
+        config: a name of `DETECTORS`, a .yaml file of `JudgeConfig` fields (`thresholds` nested), or these fields.
+
+    Raises:
+        CRDError: no such file, an unknown name or setting (the nearest is named), a value that does not fit, or no
+            thresholds for a detector that needs its own.
+    """
+    if isinstance(config, JudgeConfig):
+        settings = config
+    elif isinstance(config, Mapping):
+        settings = _from_fields(config)
+    elif config.endswith((".yaml", ".yml")):
+        return _from_file(Path(config))
+    else:
+        settings = JudgeConfig(detector=config)
+    judge_scope(settings)
+    return settings
+
+
+def judge_scope(settings: JudgeConfig) -> JudgeScope:
+    """What the judge of these settings can judge; no model is loaded.
+
+    Raises:
+        CRDError: as `judge_settings`.
+    """
+    kind = _detector_class(settings.detector)
+    classes = kind.classes_for(settings)
+    if settings.thresholds is None and not kind.published_thresholds:
+        raise CRDError(_needs_thresholds(settings.detector))
+    return JudgeScope(classes, kind.gives_colors or settings.color_model is not None, settings.thresholds or PUBLISHED)
+
+
+def load_judge(config: str | Mapping[str, Any] | JudgeConfig = "mask2former", device: str = "auto") -> GenEvalJudge:
     """A judge, with CLIP for the colors unless its detector names them itself.
 
     Args:
-        config: a name of `DETECTORS`, or settings, as `JudgeConfig` or by its field names.
+        config: as of `judge_settings`.
+        device: where its models go, unless the settings say; "auto" is a GPU if there is one.
 
     Raises:
-        CRDError: an unknown name or setting (the nearest is named), or a model that cannot be loaded.
+        CRDError: as `judge_settings`, or a model that cannot be loaded.
     """
     from crd.geneval.judge import GenEvalJudge  # it imports this package
 
-    settings = _settings(config)
+    settings = judge_settings(config)
     if settings.device == "auto":
-        settings = dataclasses.replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
-    module, name = _path(settings.detector).split(":")
-    detector: Detector = getattr(importlib.import_module(module), name).from_config(settings)
+        free = "cuda" if torch.cuda.is_available() else "cpu"
+        settings = dataclasses.replace(settings, device=free if device == "auto" else device)
+    detector: Detector = _detector_class(settings.detector).from_config(settings)
     colors = None if detector.gives_colors or settings.color_model is None else _clip(settings, settings.color_model)
-    return GenEvalJudge(detector, colors, settings.thresholds, settings.paper_compat)
+    return GenEvalJudge(detector, colors, settings.thresholds or PUBLISHED, settings.paper_compat)
 
 
-def _settings(config: str | Mapping[str, Any] | JudgeConfig) -> JudgeConfig:
-    if isinstance(config, JudgeConfig):
-        return config
-    if isinstance(config, str):
-        return JudgeConfig(detector=config)
-    values = _checked(config, JudgeConfig, "judge setting")
-    if isinstance(values.get("thresholds"), Mapping):
-        values["thresholds"] = Thresholds(**_checked(values["thresholds"], Thresholds, "threshold"))
-    if "classes" in values and not isinstance(values["classes"], str):
+def _from_file(path: Path) -> JudgeConfig:
+    text = read_text(path, "judge", f"no judge settings at {path}; give a .yaml file or one of {', '.join(DETECTORS)}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CRDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise CRDError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    with told_of(str(path)):
+        return judge_settings(values)
+
+
+def _from_fields(fields: Mapping[str, Any]) -> JudgeConfig:
+    values = _known(fields, JudgeConfig, "judge setting")
+    if isinstance(values.get("classes"), list):
         values["classes"] = tuple(values["classes"])
-    return JudgeConfig(**values)
+    if not isinstance(values.get("thresholds"), Mapping):
+        return JudgeConfig(**values)
+    given = _known(values["thresholds"], Thresholds, "threshold")
+    settings = JudgeConfig(**{**values, "thresholds": Thresholds(**given)})
+    if not set(CONFIDENCES) <= set(given) and not _detector_class(settings.detector).published_thresholds:
+        raise CRDError(_needs_thresholds(settings.detector))
+    return settings
 
 
-def _checked(values: Mapping[str, Any], kind: type[JudgeConfig | Thresholds], what: str) -> dict[str, Any]:
+def _known(values: Mapping[str, Any], kind: type[JudgeConfig | Thresholds], what: str) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
@@ -73,12 +137,18 @@ def _checked(values: Mapping[str, Any], kind: type[JudgeConfig | Thresholds], wh
     return dict(values)
 
 
-def _path(name: str) -> str:
+def _needs_thresholds(detector: str) -> str:
+    return (f"the scores of {detector} run lower than the published thresholds were made for; "
+            f"give thresholds of your own, with {' and '.join(CONFIDENCES)}")  # fmt: skip
+
+
+def _detector_class(name: str) -> Any:
     if name not in DETECTORS:
         near = difflib.get_close_matches(str(name), DETECTORS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise CRDError(f"unknown detector {name!r}; known: {', '.join(sorted(DETECTORS))}{hint}")
-    return DETECTORS[name]
+        raise CRDError(f"unknown detector {name!r}; known: {', '.join(sorted(DETECTORS))}, or a .yaml file{hint}")
+    module, attribute = DETECTORS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _clip(settings: JudgeConfig, model: str) -> ColorClassifier:
@@ -86,5 +156,8 @@ def _clip(settings: JudgeConfig, model: str) -> ColorClassifier:
     from crd.geneval.detectors.loading import dtype_named
 
     return CLIPColorClassifier(
-        model, device=settings.device, dtype=dtype_named(settings.dtype), batch_size=settings.batch_size
+        model,
+        device=settings.device,
+        dtype=dtype_named(settings.dtype),
+        batch_size=settings.batch_size or BATCH_SIZE,
     )

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from crd.errors import CRDError
 from crd.geneval.detections import Detections
+from crd.geneval.metadata import Metadata
 
 # Detectors report every object that scores at least this. It only spares work: the lines that decide what counts are
 # those of `Thresholds` (0.3 and 0.9 as published), and the judge accepts none below the floor.
 SCORE_FLOOR = 0.05
+BATCH_SIZE = 8  # images, or crops, at a time, unless the settings say
 
 
 class Detector(Protocol):
-    """Finds the objects of its `classes`; `gives_colors` says whether it names their colors too."""
+    """Finds the objects of its `classes`, `batch_size` images at a time.
+
+    `gives_colors` says whether it names their colors too, `picture_side` the pixels of the square pictures that it was
+    made for; None = any size.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -26,9 +32,22 @@ class Detector(Protocol):
     @property
     def gives_colors(self) -> bool: ...
 
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def picture_side(self) -> int | None: ...
+
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """The objects of each of B images that score at least `SCORE_FLOOR`; no image influences another's."""
         ...
+
+
+@runtime_checkable
+class WithSamples(Protocol):
+    """A detector that brings pictures which show what their prompts ask for, to be tested on."""
+
+    def samples(self) -> list[tuple[Image.Image, Metadata]]: ...
 
 
 class ColorClassifier(Protocol):
@@ -76,4 +95,4 @@ def boxes_of_masks(masks: np.ndarray) -> np.ndarray:
 def check_batch_size(what: str, batch_size: int) -> None:
     """Raise `CRDError` for a batch size that is no positive integer."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise CRDError(f"{what}: batch_size must be an integer of 1 or more, got {batch_size!r}; 8 is the default")
+        raise CRDError(f"{what}: batch_size must be an integer of 1 or more, got {batch_size!r}; {BATCH_SIZE} will do")

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 from crd.geneval.detections import Detections
-from crd.geneval.detectors.base import check_batch_size
+from crd.geneval.detectors.base import BATCH_SIZE, check_batch_size
 from crd.geneval.detectors.loading import (
     check_model_type,
     load_image_processor,
@@ -53,7 +53,7 @@ class CLIPColorClassifier:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         check_batch_size("CLIP colors", batch_size)
         check_model_type(model, ("clip",), "the color classifier")

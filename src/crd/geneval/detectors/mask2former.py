@@ -13,7 +13,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from crd.errors import CRDError
 from crd.geneval.detections import Detections
-from crd.geneval.detectors.base import SCORE_FLOOR, boxes_of_masks, check_batch_size, equal_size_batches
+from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, boxes_of_masks, check_batch_size, equal_size_batches
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.detectors.loading import (
     check_model_type,
@@ -56,6 +56,8 @@ class Mask2FormerDetector:
 
     classes = COCO_CLASSES
     gives_colors = False
+    published_thresholds = True
+    picture_side: int | None = None
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class Mask2FormerDetector:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         short_side: int = 800,
         long_side: int = 1333,
     ) -> None:
@@ -80,16 +82,22 @@ class Mask2FormerDetector:
         self._labels = coco_labels([id2label[index] for index in range(len(id2label))], str(model))
 
     @classmethod
-    def from_config(cls, config: JudgeConfig) -> Mask2FormerDetector:
-        """The detector that a judge's settings ask for."""
+    def classes_for(cls, config: JudgeConfig) -> tuple[str, ...]:
+        """The classes it finds; refuses settings that ask for others."""
         if config.classes:
             raise CRDError(f"mask2former knows the 80 classes of COCO only, got classes={config.classes!r:.60}; "
                            "leave it out, or take open-vocabulary")  # fmt: skip
+        return cls.classes
+
+    @classmethod
+    def from_config(cls, config: JudgeConfig) -> Mask2FormerDetector:
+        """The detector that a judge's settings ask for."""
+        cls.classes_for(config)
         return cls(
             config.model or DEFAULT_MODEL,
             device=config.device,
             dtype=dtype_named(config.dtype),
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or BATCH_SIZE,
         )
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:

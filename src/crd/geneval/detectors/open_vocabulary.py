@@ -13,7 +13,7 @@ from transformers import AutoModelForZeroShotObjectDetection
 
 from crd.errors import CRDError
 from crd.geneval.detections import Detections
-from crd.geneval.detectors.base import SCORE_FLOOR, check_batch_size, equal_size_batches
+from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, check_batch_size, equal_size_batches
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.detectors.loading import (
     TRANSFORMERS_5,
@@ -35,7 +35,8 @@ class OpenVocabularyDetector:
 
     A box carries the one class it scores highest for. Its score is the sigmoid of OWLv2's logit, or the mean of the
     sigmoids of Grounding DINO's logits over the tokens of the class, so that "bear" and "teddy bear" stay apart.
-    These scores run lower than Mask2Former's: the published thresholds of 0.3 and 0.9 are made for the latter.
+    These scores run lower than Mask2Former's, for which the published thresholds of 0.3 and 0.9 are made; a judge must
+    be given its own.
 
     Args:
         model: hub id or folder of a Grounding DINO or an OWLv2.
@@ -52,6 +53,8 @@ class OpenVocabularyDetector:
     """
 
     gives_colors = False
+    published_thresholds = False
+    picture_side: int | None = None
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class OpenVocabularyDetector:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         overlap: float = 0.7,
     ) -> None:
         check_batch_size("open-vocabulary", batch_size)
@@ -83,6 +86,11 @@ class OpenVocabularyDetector:
             self._tokens = _queries(tokenizer, self.classes, self._model.config.text_config.max_position_embeddings)
 
     @classmethod
+    def classes_for(cls, config: JudgeConfig) -> tuple[str, ...]:
+        """The classes it looks for; refuses a list that no model could read."""
+        return _checked(config.classes)
+
+    @classmethod
     def from_config(cls, config: JudgeConfig) -> OpenVocabularyDetector:
         """The detector that a judge's settings ask for."""
         return cls(
@@ -90,7 +98,7 @@ class OpenVocabularyDetector:
             config.classes,
             device=config.device,
             dtype=dtype_named(config.dtype),
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or BATCH_SIZE,
         )
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
@@ -156,7 +164,8 @@ def without_duplicates(boxes: np.ndarray, labels: np.ndarray, overlap: float) ->
 def _checked(classes: Sequence[str]) -> tuple[str, ...]:
     names = tuple(classes)
     if isinstance(classes, str) or not names:
-        raise CRDError(f"open-vocabulary: classes must be a list of names to look for, got {classes!r}")
+        raise CRDError(f"open-vocabulary: classes must be a list of names to look for, got {classes!r:.60}; "
+                       "list them in the settings of the judge, a .yaml file")  # fmt: skip
     for name in names:
         if not isinstance(name, str) or not name.strip() or any(mark in name for mark in _DELIMITERS):
             raise CRDError(f"open-vocabulary: a class must be a name without . and ?, got {name!r}")

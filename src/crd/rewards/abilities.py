@@ -1,0 +1,31 @@
+"""What a reward may carry beside being callable; `crd.rewards.base` says what each is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class SelfTesting(Protocol):
+    def self_test(self) -> Sequence[float] | None: ...
+
+
+@runtime_checkable
+class PromptChecking(Protocol):
+    def check_prompts(self, prompts: Sequence[str]) -> None: ...
+
+
+@runtime_checkable
+class ColumnChecking(Protocol):
+    def check_columns(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None: ...
+
+
+@runtime_checkable
+class DeviceUsing(Protocol):
+    def use_device(self, device: str) -> None: ...
+
+
+@runtime_checkable
+class Ranged(Protocol):
+    score_range: tuple[float, float]
