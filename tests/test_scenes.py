@@ -112,6 +112,8 @@ def test_the_lowest_level_is_one_object_near_the_middle() -> None:
         wanted = pretraining_prompt(rng, LEVELS[0].tasks)
         (box,) = ground_truth(scene_for(wanted, rng, LEVELS[0].roam)).boxes
         assert np.abs((box[:2] + box[2:]) / 2 - SIZE / 2).max() <= 6
+        (box,) = ground_truth(scene_for(wanted, rng, 0.0)).boxes
+        assert np.abs((box[:2] + box[2:]) / 2 - SIZE / 2).max() <= 0.5
     assert {pretraining_prompt(rng, LEVELS[-1].tasks).tag for _ in range(100)} == set(TASKS)
 
 

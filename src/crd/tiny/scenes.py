@@ -111,7 +111,7 @@ def _place(
     width = round(side / aspect**0.5)
     height = max(1, round(width * aspect))
     room = np.array((SIZE - width - 2, SIZE - height - 2))
-    margin = 1 + np.round(room * (1 - roam) / 2).astype(int)
+    margin = 1 + np.floor(room * (1 - roam) / 2).astype(int)
     for left, top in rng.integers(margin, SIZE - margin - (width, height), endpoint=True, size=(40, 2)):
         thing = SceneObject(include.class_name, color, int(left), int(top), width)
         if any(_gap(thing, other) < 1 for other in placed):
