@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crd.centering import center
+from crd.centering import center, group_std
 from crd.errors import CRDError
 
 KL_GATES = ("reward", "advantage", "constant")
@@ -60,12 +60,7 @@ def group_advantages(rewards: Tensor, group_id: Tensor, *, clip: float = 5.0, ep
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise CRDError(f"rewards must be finite, got {rewards[row].item()} for image {row}; fix the reward function")
-    distinct, group = torch.unique(group_id, return_inverse=True)
-    # Exact comparison: a deviation computed from a rounded mean would be 1e-17 instead of 0.
-    start = torch.zeros(len(distinct), dtype=torch.float64, device=rewards.device)
-    highest = start.scatter_reduce(0, group, rewards, "amax", include_self=False)
-    lowest = start.scatter_reduce(0, group, rewards, "amin", include_self=False)
-    has_signal = highest > lowest
+    has_signal, group = _groups_that_vary(rewards, group_id)
     scaled = (centered / (rewards.std(correction=0) + eps)).clamp(-clip, clip)
     # Without this the 1e-17 of a rounded mean would reach the loss as a direction.
     scaled = torch.where(has_signal[group], scaled, torch.zeros_like(scaled))
@@ -73,8 +68,18 @@ def group_advantages(rewards: Tensor, group_id: Tensor, *, clip: float = 5.0, ep
         advantage=scaled / (2 * clip) + 0.5,
         has_signal=has_signal[group],
         zero_variance_groups=int((~has_signal).sum()),
-        groups=len(distinct),
+        groups=len(has_signal),
     )
+
+
+def _groups_that_vary(values: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the values of each of G groups differ, (G,) bool, and the index of each row's group, (B,) int64."""
+    distinct, group = torch.unique(group_id, return_inverse=True)
+    # Exact comparison: a deviation computed from a rounded mean would be 1e-17 instead of 0.
+    start = torch.zeros(len(distinct), dtype=values.dtype, device=values.device)
+    highest = start.scatter_reduce(0, group, values, "amax", include_self=False)
+    lowest = start.scatter_reduce(0, group, values, "amin", include_self=False)
+    return highest > lowest, group
 
 
 def group_normalized(
@@ -101,14 +106,10 @@ def group_normalized(
         rows = (~scores.isnan()).nonzero()[:, 0]
         if weights[name] == 0 or not len(rows):
             continue
-        values, (_, group) = scores[rows].double(), torch.unique(group_id[rows], return_inverse=True)
-        centered = center(values, group)
-        size = torch.bincount(group).double()
-        deviation = (torch.zeros_like(size).index_add(0, group, centered**2) / size).sqrt()
-        spread = torch.zeros_like(size).scatter_reduce(0, group, values, "amax", include_self=False)
-        spread -= torch.zeros_like(size).scatter_reduce(0, group, values, "amin", include_self=False)
-        scaled = torch.where(spread[group] > 0, centered / (deviation[group] + eps), torch.zeros_like(centered))
-        total[rows] += weights[name] * scaled
+        values, groups = scores[rows].double(), group_id[rows]
+        scaled = center(values, groups) / (group_std(values, groups) + eps)
+        varies, group = _groups_that_vary(values, groups)
+        total[rows] += weights[name] * torch.where(varies[group], scaled, torch.zeros_like(scaled))
     return total
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from crd.config import CRDConfig
 from crd.errors import CRDError
-from crd.text_files import read_text
+from crd.text_files import parse_yaml, read_text
 
 
 def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> CRDConfig:
@@ -90,11 +90,7 @@ def recipes() -> list[str]:
 
 
 def _read_yaml(source: str | Path) -> dict[str, Any]:
-    text = _read_text(source)
-    try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise CRDError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = parse_yaml(_read_text(source), source) or {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CRDError(f"{source} must hold `key: value` lines, got {type(content).__name__}")
     return content

@@ -151,11 +151,11 @@ class RunFolder:
         summary: dict[str, float] = {}
         held_out = read_metrics(self.path, "eval")
         names = [name for name in (held_out[0] if held_out else {}) if name.startswith("reward")]
+        best = max(base, key=lambda scale: base[scale]["reward"]) if base else None
         # A total of one reward is that reward.
         for name in names if len(names) > 2 else names[:1]:
             summary |= {f"{name}_before": held_out[0][name], f"{name}_after": held_out[-1][name]}
-            if base:
-                best = max(base, key=lambda scale: base[scale]["reward"])
+            if best is not None:
                 summary |= {f"{name}_base_cfg": base[best][name], "base_cfg_scale": best}
         summary |= {
             "steps": progress.optimizer_steps,

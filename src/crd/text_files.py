@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from crd.errors import CRDError
 
@@ -26,6 +29,18 @@ def read_text(path: Path, kind: str, missing: str) -> str:
         raise CRDError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
     except OSError as error:
         raise CRDError(f"cannot read the {kind} {path}: {error.strerror}; check the path") from error
+
+
+def parse_yaml(text: str, source: str | Path) -> Any:
+    """What a YAML text of `source` holds.
+
+    Raises:
+        CRDError: it is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CRDError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_lines(path: Path, kind: str, missing: str) -> list[tuple[int, str]]:

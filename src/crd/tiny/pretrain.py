@@ -30,7 +30,7 @@ from crd.flow import interpolate, velocity_target
 from crd.memory import keep_freed_memory
 from crd.tiny.architecture import build_pipeline, encode_captions
 from crd.tiny.evaluation import evaluate_scales, scales_grid
-from crd.tiny.pretrain_state import State
+from crd.tiny.pretrain_state import State, log
 from crd.tiny.render import LEVELS, Level, random_scene, render
 from crd.tiny.scene_prompts import pretraining_prompt
 from crd.tiny.scenes import render_scene, scene_for
@@ -121,7 +121,7 @@ def train_vae(args: argparse.Namespace, pipe: Any) -> None:
         images += args.batch
         if images % (args.batch * 100) < args.batch:
             seconds = time.time() - started
-            log(args, {"stage": "vae", "images": images, "l1": difference.abs().mean().item(), "kl": kl.item(),
+            log(args.work, {"stage": "vae", "images": images, "l1": difference.abs().mean().item(), "kl": kl.item(),
                        "seconds": seconds})  # fmt: skip
         if images % args.save_every < args.batch or images >= args.vae_images:
             state.counters |= {"images": images, "seconds": time.time() - started}
@@ -188,7 +188,7 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
         state.counters |= {"images": images, "seconds": time.time() - started}
         if images % (args.batch * 50) < args.batch:
             log(
-                args,
+                args.work,
                 {
                     "stage": "flow",
                     "loss": running,
@@ -207,7 +207,7 @@ def train_flow(args: argparse.Namespace, pipe: Any) -> None:
             scales_grid(list(parts.values()), (1.0, 3.0)).save(args.work / "grid.png")
             scores = {f"{reward}_cfg_{scale:g}": found.mean for reward, results in parts.items()
                       for scale, found in results.items()}  # fmt: skip
-            log(args, {"stage": "eval", **scores, **state.counters})
+            log(args.work, {"stage": "eval", **scores, **state.counters})
             if scores["ocr_cfg_1"] >= args.climb_at and state.counters["level"] < args.top_level:
                 state.counters["level"] += 1
         if images % args.save_every < args.batch or images >= args.images:
@@ -223,13 +223,6 @@ def save_pipeline(pipe: Any, folder: Path) -> None:
     shipped: Any = StableDiffusion3Pipeline(**{**pipe.components, **half})
     shipped.save_pretrained(folder)
     (folder / "crd.json").write_text(json.dumps({"max_sequence_length": 0}) + "\n")
-
-
-def log(args: argparse.Namespace, record: dict[str, object]) -> None:
-    line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
-    print(line, flush=True)
-    with (args.work / "log.jsonl").open("a") as handle:
-        handle.write(line + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

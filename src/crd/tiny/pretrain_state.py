@@ -1,9 +1,10 @@
-"""What a training from scratch keeps on disk: weights, their moving average, optimizers, counters."""
+"""What a training from scratch keeps on disk: weights, their moving average, optimizers, counters, a log."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -95,3 +96,11 @@ class State:
             flat = {k.removeprefix(f"{kind}:"): v for k, v in tensors.items() if k.startswith(f"{kind}:")}
             load_optimizer_tensors(optimizer, names, flat)
         return True
+
+
+def log(work: Path, record: Mapping[str, object]) -> None:
+    """Print a record, and add it to `log.jsonl` of the work folder."""
+    line = json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in record.items()})
+    print(line, flush=True)
+    with (work / "log.jsonl").open("a") as handle:
+        handle.write(line + "\n")

@@ -11,7 +11,6 @@ Resumable: the same command goes on from the last saved state. At the end the av
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from crd.memory import keep_freed_memory
 from crd.tiny.detector import FOLDER, save_detector, to_boxes
 from crd.tiny.detector_data import DISTURBANCES, IGNORED, Targets, disturb, draw_pictures, targets
 from crd.tiny.detector_networks import ARCHITECTURES, PARTS, build_network
-from crd.tiny.pretrain_state import State
+from crd.tiny.pretrain_state import State, log
 
 VAE = FOLDER.parent / "model" / "vae"
 # A picture has two or three centers among 3072 class cells.
@@ -101,13 +100,6 @@ def train(args: argparse.Namespace) -> None:
         return
     state.swap_average()
     save_detector(network, args.architecture, args.out)
-
-
-def log(work: Path, record: dict[str, float]) -> None:
-    line = json.dumps({name: round(value, 4) for name, value in record.items()})
-    print(line, flush=True)
-    with (work / "log.jsonl").open("a") as handle:
-        handle.write(line + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

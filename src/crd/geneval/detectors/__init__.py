@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from crd.errors import CRDError, told_of
 from crd.geneval.detections import PUBLISHED, Thresholds
 from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, ColorClassifier, Detector
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.detectors.scope import JudgeScope
-from crd.text_files import read_text
+from crd.text_files import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from crd.geneval.judge import GenEvalJudge
@@ -104,10 +103,7 @@ def load_judge(config: str | Mapping[str, Any] | JudgeConfig = "mask2former", de
 
 def _from_file(path: Path) -> JudgeConfig:
     text = read_text(path, "judge", f"no judge settings at {path}; give a .yaml file or one of {', '.join(DETECTORS)}")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CRDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = parse_yaml(text, path)
     if not isinstance(values, Mapping):
         raise CRDError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
     with told_of(str(path)):

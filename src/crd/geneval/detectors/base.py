@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -72,6 +72,16 @@ def equal_size_batches(images: Sequence[Image.Image], batch_size: int) -> Iterat
     for indices in by_size.values():
         for start in range(0, len(indices), batch_size):
             yield indices[start : start + batch_size]
+
+
+def detect_by_size(
+    images: Sequence[Image.Image], batch_size: int, detect: Callable[[list[Image.Image]], list[Detections]]
+) -> list[Detections]:
+    """The objects of each of B images, by a `detect` that takes RGB images of one size."""
+    found: dict[int, Detections] = {}
+    for batch in equal_size_batches(images, batch_size):
+        found.update(zip(batch, detect([images[index].convert("RGB") for index in batch]), strict=True))
+    return [found[index] for index in range(len(images))]
 
 
 def boxes_of_masks(masks: np.ndarray) -> np.ndarray:

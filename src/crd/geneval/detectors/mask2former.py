@@ -13,7 +13,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from crd.errors import CRDError
 from crd.geneval.detections import Detections
-from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, boxes_of_masks, check_batch_size, equal_size_batches
+from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, boxes_of_masks, check_batch_size, detect_by_size
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.detectors.loading import (
     check_model_type,
@@ -102,14 +102,10 @@ class Mask2FormerDetector:
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """The objects of each of B images, best first; boxes end one pixel after the mask's last."""
-        found: dict[int, Detections] = {}
-        for batch in equal_size_batches(images, self.batch_size):
-            found.update(zip(batch, self._detect_equal([images[index] for index in batch]), strict=True))
-        return [found[index] for index in range(len(images))]
+        return detect_by_size(images, self.batch_size, self._detect_equal)
 
     @torch.inference_mode()
-    def _detect_equal(self, images: list[Image.Image]) -> list[Detections]:
-        rgb = [image.convert("RGB") for image in images]
+    def _detect_equal(self, rgb: list[Image.Image]) -> list[Detections]:
         # size_divisor would distort to a multiple of STRIDE; the network was tested on images padded to it.
         pixels = self._processor(images=rgb, size=self._size, size_divisor=0, return_tensors="pt")["pixel_values"]
         height, width = pixels.shape[-2:]

@@ -13,7 +13,7 @@ from transformers import AutoModelForZeroShotObjectDetection
 
 from crd.errors import CRDError
 from crd.geneval.detections import Detections
-from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, check_batch_size, equal_size_batches
+from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, check_batch_size, detect_by_size
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.detectors.loading import (
     TRANSFORMERS_5,
@@ -103,13 +103,10 @@ class OpenVocabularyDetector:
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """The objects of each of B images, best first."""
-        found: dict[int, Detections] = {}
-        for batch in equal_size_batches(images, self.batch_size):
-            rgb = [images[index].convert("RGB") for index in batch]
-            scores, boxes = self._predict(rgb)
-            for row, index in enumerate(batch):
-                found[index] = self._detections(scores[row], boxes[row], *rgb[row].size)
-        return [found[index] for index in range(len(images))]
+        return detect_by_size(images, self.batch_size, self._detect_equal)
+
+    def _detect_equal(self, rgb: list[Image.Image]) -> list[Detections]:
+        return [self._detections(*one, *rgb[0].size) for one in zip(*self._predict(rgb), strict=True)]
 
     @torch.inference_mode()
     def _predict(self, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
