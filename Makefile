@@ -24,10 +24,10 @@ fresh = out=runs/$(1); n=2; while [ -e "$$out" ]; do out=runs/$(1)-$$n; n=$$((n+
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo train-ocr pretrain test test-slow lint format bench clean
+.PHONY: help setup demo train-ocr train-geneval pretrain test test-slow lint format bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.dev ## install everything into .venv, once
 
@@ -36,6 +36,9 @@ demo: $(VENV)/.runtime ## train the bundled model on its OCR reward; a new folde
 
 train-ocr: $(VENV)/.runtime ## the longer OCR recipe; a new folder runs/ocr-tiny*
 	@$(call fresh,ocr-tiny); set -x; $(BIN)/crd train ocr-tiny --output_dir "$$out" $(ARGS)
+
+train-geneval: $(VENV)/.runtime ## train it on its GenEval reward; a new folder runs/geneval-tiny*
+	@$(call fresh,geneval-tiny); set -x; $(BIN)/crd train geneval-tiny --output_dir "$$out" $(ARGS)
 
 pretrain: $(VENV)/.dev ## train the bundled model itself from scratch (hours); resumable, state in pretrain/
 	$(BIN)/python -m crd.tiny.pretrain $(ARGS)

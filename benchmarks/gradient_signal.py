@@ -1,6 +1,7 @@
 """Where on the path the policy gradient's signal is: its share at each t of the rollout grid.
 
     python benchmarks/gradient_signal.py --batches 3 --prompts 12
+    python benchmarks/gradient_signal.py --reward geneval-tiny --source scenes:train
 
 At θ = old (the first update) the gradient of the CRD policy term is computed for several independent batches of
 rollouts, one t at a time. `total` is its mean squared norm; `signal` is the mean inner product of the gradients of
@@ -56,9 +57,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--group-size", type=int, default=12)
     parser.add_argument("--model", default="tiny-sd3")
+    parser.add_argument("--reward", default="ocr")
+    parser.add_argument("--source", default="world:train", help="of the prompts")
     args = parser.parse_args()
     config = CRDConfig(
         model=args.model,
+        rewards=(args.reward,),
+        prompts=args.source,
         prompts_per_update=args.prompts,
         group_size=args.group_size,
         draws=1,

@@ -231,7 +231,7 @@ def test_a_quarter_of_each_task_is_held_out(tag: str) -> None:
 def test_scene_splits_share_no_scene() -> None:
     train, test = scene_prompts("train", 1500), scene_prompts("test", 600)
     assert Counter(m.tag for m in test) == dict.fromkeys(TEST_MIX, 100)
-    assert not any(m.tag == "single_object" for m in train)
+    assert Counter(m.tag for m in train) == {tag: 300 for tag in TEST_MIX if tag != "single_object"}
     assert {scene_key(m) for m in train}.isdisjoint(scene_key(m) for m in test)
     assert all(is_held_out(m) for m in test if m.tag != "single_object")
     assert len({m.prompt for m in test if m.tag == "counting"}) == 8

@@ -62,7 +62,7 @@ def last_record(work: Path, stage: str) -> dict[str, Any]:
     return [record for record in records if record["stage"] == stage][-1]
 
 
-def card(work: Path, words: Results, scenes: Results, speed: float, size: float, hardware: str) -> str:
+def card(work: Path, words: Results, scenes: Results, speed: float, size: float, hardware: str, note: str) -> str:
     """Markdown of the model card."""
     flow, vae = last_record(work, "flow"), last_record(work, "vae")
     level = LEVELS[int(flow["level"])]
@@ -108,7 +108,7 @@ The weights are released under Apache-2.0, like the rest of `crd`.
 | VAE | {vae["images"]:,} | {vae["seconds"] / 3600:.2f} |
 | transformer and text encoders | {flow["images"]:,} | {flow["seconds"] / 3600:.2f} |
 
-By `python -m crd.tiny.pretrain` on {hardware}, bfloat16.
+By `python -m crd.tiny.pretrain` on {hardware}, bfloat16.{" " if note else ""}{note}
 Muon and AdamW, moving average of the weights, captions dropped from {CAPTION_DROPOUT:.0%} of the pictures. In the last
 part, while the learning rate falls, {CAPTION_NOISE:.0%} of the captions belong to another picture, as some do in data
 from the web: without guidance the model writes a wrong word now and then.
@@ -136,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m crd.tiny.card", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("pretrain"))
     parser.add_argument("--hardware", default=f"{os.cpu_count()} {platform.machine()} cores", help="for the card")
+    parser.add_argument("--note", default="", help="for the card: what the log does not tell of the training")
     parser.add_argument("--model", type=Path, default=Path("src/crd/tiny/model"), help="folder to replace")
     args = parser.parse_args()
     pipeline = args.work / "pipeline"
@@ -147,7 +148,8 @@ def main() -> None:
     shutil.copytree(pipeline, args.model)
     scales_grid([words, scenes], (1.0, 3.0)).save(args.model / "grid.png")
     size = sum(path.stat().st_size for path in args.model.rglob("*") if path.is_file()) / 1e6
-    (args.model / "README.md").write_text(card(args.work, words, scenes, speed, size, args.hardware), encoding="utf-8")
+    text = card(args.work, words, scenes, speed, size, args.hardware, args.note)
+    (args.model / "README.md").write_text(text, encoding="utf-8")
     print((args.model / "README.md").read_text())
 
 
