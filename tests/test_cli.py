@@ -248,15 +248,16 @@ def test_eval_scores_base_and_trained(finished_run: Path, prompt_file: Path, tmp
     assert [(r["model"] == "base", r["guidance"], r["images"]) for r in results] == [
         (True, 1.0, 6), (True, 2.0, 6), (False, 1.0, 6), (False, 2.0, 6),
     ]  # fmt: skip
-    for result in results:
-        assert result["reward_brightness"] + result["reward_darkness"] == pytest.approx(1.0)
-        assert result["reward"] == pytest.approx(1.0)
-    assert results[0]["reward_brightness"] != results[2]["reward_brightness"]
+    means = [{name: found["mean"] for name, found in result["intervals"].items()} for result in results]
+    for found in means:
+        assert found["reward_brightness"] + found["reward_darkness"] == pytest.approx(1.0, abs=1e-5)
+        assert found["reward"] == pytest.approx(1.0)
+    assert means[0]["reward_brightness"] != means[2]["reward_brightness"]
     # The same prompts, noise and steps as the run's own last evaluation.
     last = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()][-1]
     once = [*reward[:2], "--prompts", str(prompt_file), "--out", str(out)]
     assert main(["eval", str(finished_run), *once]) == 0
-    assert json.loads(out.read_text())[1]["reward"] == pytest.approx(last["reward"], abs=1e-6)
+    assert json.loads(out.read_text())[1]["intervals"]["reward"]["mean"] == pytest.approx(last["reward"], abs=1e-6)
 
 
 def test_eval_takes_seed_and_precision_of_the_run(
@@ -268,7 +269,7 @@ def test_eval_takes_seed_and_precision_of_the_run(
     rewards = []
     for seed in ([], ["--seed", "5"], ["--seed", "0"]):
         assert main([*evaluate, *seed, "--out", str(out)]) == 0
-        rewards.append(json.loads(out.read_text())[1]["reward"])
+        rewards.append(json.loads(out.read_text())[1]["intervals"]["reward"]["mean"])
     assert rewards[0] == rewards[1] == pytest.approx(summary["reward_after"], abs=1e-6)
     assert rewards[2] != rewards[0]
     sheets = []

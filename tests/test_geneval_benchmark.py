@@ -170,7 +170,7 @@ def test_eval_and_sample_take_a_size(
         assert drawn.pop() == {expected}
         reward = ["--reward", "reward_functions:size_code", "--prompts", str(prompt_file), "--out", out]
         assert main(["eval", str(target), *reward, *size]) == 0
-        assert json.loads(Path(out).read_text())[-1]["reward"] == expected[0] * 1000 + expected[1]
+        assert json.loads(Path(out).read_text())[-1]["intervals"]["reward"]["mean"] == expected[0] * 1000 + expected[1]
 
 
 def test_sizes_of_a_run_are_its_own(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,8 @@ def test_killed_in_the_middle(config: CRDConfig, tmp_path: Path, capsys: pytest.
         output_dir=str(tmp_path / "killed"),
     )
     (tmp_path / "run.yaml").write_text(killed.to_yaml())
-    # Calls of the reward: one evaluation, then one an update.
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DIE_AT_CALL": "5"}
+    # Calls of the reward: evaluations of the model and of the guided base model, then one an update.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DIE_AT_CALL": "6"}
     process = subprocess.run(
         [sys.executable, "-m", "crd", "train", str(tmp_path / "run.yaml")],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,

@@ -1,4 +1,4 @@
-"""The command line: `crd train | sample | eval | export`. Bad input: one line, exit status 2."""
+"""The command line: `crd train | sample | eval | compare | export`. Bad input: one line, exit status 2."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.sample(args)
         elif args.command == "eval":
             commands.evaluate(args)
+        elif args.command == "compare":
+            commands.compare(args)
+        elif args.command == "report":
+            commands.report(args)
         else:
             commands.export(args)
     except CRDError as error:
@@ -97,17 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(sample)
 
     evaluate = commands.add_parser(
-        "eval", parents=[shared], allow_abbrev=False, help="rewards of a model on held-out prompts"
+        "eval", parents=[shared], allow_abbrev=False, help="rewards, held-out scores and statistics of a model"
     )
     _add_target(evaluate)
-    evaluate.add_argument("--prompts", help=".txt, .jsonl, world:test:N, scenes:test:N or geneval:test")
-    evaluate.add_argument("--reward", action="append", default=None, help="may be repeated; default ocr")
+    _add_scores(evaluate)
     evaluate.add_argument("--benchmark", choices=("geneval",), help="instead of rewards: scores by task")
     evaluate.add_argument("--judge", help="detector of the benchmark: tiny, tiny-transformer, mask2former or a .yaml "
                           "file of settings (default: tiny for the bundled model, else mask2former)")  # fmt: skip
-    evaluate.add_argument("--images", type=_positive, help="images per prompt (default 1, of a benchmark 4)")
-    evaluate.add_argument("--out", help="write the result as JSON")
     _add_sampling(evaluate)
+
+    compare = commands.add_parser(
+        "compare", parents=[shared], allow_abbrev=False, help="paired differences of several models to the first"
+    )
+    compare.add_argument("targets", nargs="+", metavar="target",
+                         help="as for `crd eval`, or a .json that its --out wrote")  # fmt: skip
+    _add_model(compare)
+    _add_scores(compare)
+    _add_sampling(compare)
+
+    report = commands.add_parser(
+        "report", parents=[shared], allow_abbrev=False, help="one HTML page about one or several runs"
+    )
+    report.add_argument("runs", nargs="+", metavar="run", help="run folder")
+    report.add_argument("--out", help="file to write (default: report.html in the run; for several runs, here)")
 
     export = commands.add_parser(
         "export", parents=[shared], allow_abbrev=False, help="write a LoRA folder, or a whole pipeline, for diffusers"
@@ -121,6 +137,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="run folder, LoRA folder, diffusers folder, hub id or tiny-sd3")
+    _add_model(parser)
+
+
+def _add_scores(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", help=".txt, .jsonl, world:test:N, scenes:test:N or geneval:test")
+    parser.add_argument("--reward", action="append", default=None, help="may be repeated; default ocr")
+    parser.add_argument("--held-out", action="append", default=None, metavar="SCORER",
+                        help="further scorers, each for the prompts it can judge; may be repeated")  # fmt: skip
+    parser.add_argument("--images", type=_positive, help="images per prompt (default 1, of a benchmark 4)")
+    parser.add_argument("--out", help="write the result as JSON")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="model under a LoRA folder (default tiny-sd3), or under a run of a model object")
     parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an update number")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from crd.checkpoint import PREFIX, CheckpointFolder
+from crd.comparison import NO_PAIRS, Line, as_dict, comparison_table, differences, read_evaluations, table, to_dict
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import config_from, field_names, load_config
 from crd.console import console
-from crd.data import PromptDataset, load_prompts, prompt_batch
+from crd.data import load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import EVAL_SEED, SamplingSettings, draw, encode_prompts
-from crd.evaluation import evaluate as evaluate_model
+from crd.evaluation import EVAL_SEED, Evaluator, SamplingSettings, draw, encode_prompts
 from crd.export import export_lora, export_pipeline
 from crd.geneval.benchmark import GenEvalSuite
 from crd.geneval.detectors import judge_settings
 from crd.grid import GridRow, draw_grid
 from crd.loading import LoadedModel, base_name, checkpoint_number, is_run, judged_prompts, load_model, run_config
+from crd.metrics.held_out import HeldOutScores
+from crd.report import write_report
 from crd.rewards import RewardSet
 from crd.run_folder import CONFIG_FILE
 from crd.snapshots import ANCHOR
@@ -77,7 +79,7 @@ def sample(args: argparse.Namespace) -> None:
     if out.suffix.lower() not in Image.registered_extensions():
         raise CRDError(f"--out must be a picture such as samples.png, got {args.out!r}")
     dataset = load_prompts(args.prompts) if args.prompts else load_prompts(args.prompt)
-    engine = _engine(args)
+    engine = _engine(args, run_config(args.target))
     model = _load(args, engine)
     batch = prompt_batch(dataset, range(len(dataset)), args.images, _seed(args, model), EVAL_SEED)
     scales = args.guidance or [1.0]
@@ -98,37 +100,82 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """`crd eval`: mean rewards, or a benchmark, of the base model and of the trained one at each guidance scale."""
+    """`crd eval`: rewards, held-out scores and statistics, or a benchmark, of the base model and of the trained one."""
     if args.benchmark is None:
-        results = _evaluate_rewards(args)
-        _print_table(results)
+        lines = _evaluate_rewards(args)
+        console.print(table(lines))
+        results = [to_dict(line) for line in lines]
     else:
         results = _evaluate_geneval(args)
     if args.out:
-        text = json.dumps(results, indent=2) + "\n"
+        text = json.dumps(results, indent=None if args.benchmark is None else 2) + "\n"
         _write(Path(args.out), lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _evaluate_rewards(args: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(args: argparse.Namespace) -> None:
+    """`crd compare`: paired differences to the first of several models, evaluated now or before."""
+    lines: list[Line] = []
+    # Pairs need one noise, number of steps and precision: unless told otherwise those of the first run, or .json.
+    shared = next((config for config in map(run_config, args.targets) if config is not None), None)
+    engine = _engine(args, shared)
+    for target in args.targets:
+        if target.endswith(".json"):
+            lines += read_evaluations(Path(target))
+            continue
+        seed, steps = args.seed, args.steps
+        if lines:
+            seed, steps = lines[0].record.seed if seed is None else seed, steps or lines[0].record.steps
+        elif shared is not None:
+            seed, steps = shared.seed if seed is None else seed, steps or shared.eval_steps
+        one = argparse.Namespace(**{**vars(args), "target": target, "seed": seed, "steps": steps})
+        model, evaluator = _evaluator(one, engine)
+        if lines and not evaluator.draws(lines[0].record):
+            raise CRDError(NO_PAIRS)  # before the time is spent on images
+        lines += [Line(target, evaluator(model.role, scale).record) for scale in args.guidance or [1.0]]
+    if len(lines) < 2:
+        raise CRDError(f"nothing to compare: got one evaluation, {lines[0].title}; name a second model")
+    console.print(comparison_table(lines))
+    if args.out:
+        first, *others = lines
+        found = [{**to_dict(first), "differences": {}}]
+        found += [{**to_dict(line), "differences": as_dict(differences(line.record, first.record))} for line in others]
+        _write(Path(args.out), lambda path: path.write_text(json.dumps(found) + "\n", encoding="utf-8"))
+
+
+def _evaluate_rewards(args: argparse.Namespace) -> list[Line]:
     if args.judge is not None:
         raise CRDError("--judge belongs to --benchmark geneval; add it, or leave --judge out")
+    model, evaluator = _evaluator(args, _engine(args, run_config(args.target)))
+    return [Line(_name(args, role), evaluator(role, scale).record) for role, scale in _lines(args, model)]
+
+
+def _evaluator(args: argparse.Namespace, engine: Engine) -> tuple[LoadedModel, Evaluator]:
+    """The model of `args.target`, and what measures it on `args.prompts`."""
     rewards = RewardSet(args.reward or ["ocr"])
     dataset = judged_prompts("--prompts", args.prompts or "world:test:256", rewards)
-    engine = _engine(args)
-    rewards.use_device(str(engine.device))
-    rewards.self_test()
+    held_out = HeldOutScores(args.held_out or (), dataset)
+    for scorers in (rewards, held_out):
+        scorers.use_device(str(engine.device))
+        scorers.self_test()
     model = _load(args, engine)
-    return [_evaluate_role(args, model, engine, rewards, dataset, *line) for line in _lines(args, model)]
+    return model, Evaluator(
+        model.backbone, model.snapshots, engine, rewards, held_out, dataset, _settings(args, model, 1.0),
+        encode_prompts(model.backbone, engine, [""]),
+        anchor_guidance=(model.config or CRDConfig()).anchor_guidance, images_per_prompt=args.images or 1,
+        seed=_seed(args, model),
+    )  # fmt: skip
 
 
 def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
     """GenEval by task. The bundled model is judged by the bundled detector on scenes, others by the real one."""
     if args.reward:
         raise CRDError(f"--benchmark geneval has its own scores, got --reward {args.reward[0]} too; leave one out")
+    if args.held_out:
+        raise CRDError(f"--held-out is not for --benchmark, got {args.held_out[0]}; leave one out")
     judge = args.judge or ("tiny" if base_name(args.target, args.base) == CRDConfig.model else "mask2former")
     bundled = judge_settings(judge).detector.startswith("tiny")
     prompts = args.prompts or ("scenes:test:240" if bundled else "geneval:test")
-    dataset, engine = load_prompts(prompts), _engine(args)
+    dataset, engine = load_prompts(prompts), _engine(args, run_config(args.target))
     suite = GenEvalSuite(dataset, judge, str(engine.device))
     suite.load()
     model = _load(args, engine)
@@ -161,36 +208,16 @@ def _name(args: argparse.Namespace, role: str) -> str:
     return "base" if role == ANCHOR else str(args.target)
 
 
-def _evaluate_role(
-    args: argparse.Namespace,
-    model: LoadedModel,
-    engine: Engine,
-    rewards: RewardSet,
-    dataset: PromptDataset,
-    role: str,
-    scale: float,
-) -> dict[str, Any]:
-    settings = _settings(args, model, scale)
-    with model.snapshots.use(role) as denoiser:
-        result = evaluate_model(
-            model.backbone, denoiser, engine, rewards, dataset, settings, encode_prompts(model.backbone, engine, [""]),
-            images_per_prompt=args.images or 1, seed=_seed(args, model),
-        )  # fmt: skip
-    total = result.rewards.total
-    error = float(total.std() / len(total) ** 0.5) if len(total) > 1 else 0.0
-    return {
-        "model": _name(args, role),
-        "guidance": scale,
-        "steps": settings.steps,
-        "images": len(result.images),
-        **result.metrics(),
-        "standard_error": error,
-    }
+def report(args: argparse.Namespace) -> None:
+    """`crd report`: one self-contained page."""
+    runs = [Path(run) for run in args.runs]
+    out = Path(args.out) if args.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    console.print(f"wrote {write_report(runs, out)}")
 
 
 def export(args: argparse.Namespace) -> None:
     """`crd export`: LoRA folder or merged pipeline."""
-    model = _load(args, _engine(args))
+    model = _load(args, _engine(args, run_config(args.target)))
     write = export_pipeline if args.merge else export_lora
     if model.role == ANCHOR and not args.merge:
         raise CRDError(f"{args.target} is a base model and has no LoRA; give a run, or --merge")
@@ -208,8 +235,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         raise CRDError(f"cannot write {path}: {error}; choose another --out") from error
 
 
-def _engine(args: argparse.Namespace) -> Engine:
-    config = run_config(args.target)
+def _engine(args: argparse.Namespace, config: CRDConfig | None) -> Engine:
     return Engine(CRDConfig.mixed_precision if config is None else config.mixed_precision, args.device)
 
 
@@ -234,13 +260,3 @@ def _seed(args: argparse.Namespace, model: LoadedModel) -> int:
     if args.seed is not None:
         return int(args.seed)
     return CRDConfig.seed if model.config is None else model.config.seed
-
-
-def _print_table(results: Sequence[Mapping[str, Any]]) -> None:
-    table = Table("model", "CFG", "steps", "images", "reward", "s.e.")
-    for result in results:
-        table.add_row(
-            result["model"], f"{result['guidance']:g}", str(result["steps"]), str(result["images"]),
-            f"{result['reward']:.3f}", f"{result['standard_error']:.3f}",
-        )  # fmt: skip
-    console.print(table)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import yaml
 
 from crd.advantages import KL_GATES, NORMALIZATIONS
+from crd.alarm import ACTIONS
 from crd.errors import CRDError
 from crd.flow import TIMESTEP_MODES
 from crd.objectives import objective_class
@@ -22,7 +23,7 @@ BASE_DTYPES = ("float32", "bfloat16")
 # What a resumed run may change: everything else would make it another run.
 RESUMABLE = frozenset({
     "updates", "eval_every", "save_every", "keep_checkpoints", "micro_batch", "rollout_batch", "cache_references",
-    "threads", "device", "tensorboard", "wandb", "eval_base_guidance",
+    "threads", "device", "tensorboard", "wandb", "eval_base_guidance", "alarm",
 })  # fmt: skip
 
 
@@ -117,6 +118,8 @@ class CRDConfig:
     eval_every: int = 25  # updates; 0 = only before and after
     eval_steps: int = 40
     eval_images: int = 1  # per prompt
+    held_out: tuple[str, ...] = ()  # scorers that judge evaluations and are not trained on
+    alarm: str = "warn"  # what a warning of the reward-hacking alarm does; "off": no comparison with the base model
     eval_base_guidance: tuple[float, ...] = ()  # CFG scales of the base model to compare with at the end
     save_every: int = 25
     keep_checkpoints: int = 2  # the last N; the best is kept besides
@@ -127,6 +130,9 @@ class CRDConfig:
         _check_choice("timesteps", self.timesteps, TIMESTEP_MODES)
         _check_choice("kl_gate", self.kl_gate, KL_GATES)
         _check_choice("reward_normalization", self.reward_normalization, NORMALIZATIONS)
+        _check_choice("alarm", self.alarm, ACTIONS)
+        if self.alarm == "raise_kl" and self.kl_max == 0:
+            raise CRDError("alarm=raise_kl needs an anchor to strengthen, got kl_max=0; set kl_max, or use stop")
         _check_choice("finetune", self.finetune, ("lora", "full"))
         if self.mixed_precision == "fp16":
             raise CRDError("mixed_precision=fp16 is not resumable exactly yet (its loss scale is not saved); use bf16")

@@ -130,7 +130,7 @@ class RunFolder:
         count = min(_SHEET, len(result.images))
         captions = [
             f"{score:.2f} {prompt}"
-            for score, prompt in zip(result.rewards.total[:count].tolist(), result.prompts, strict=False)
+            for score, prompt in zip(result.record.scores["reward"][:count].tolist(), result.prompts, strict=False)
         ]
         folder = self.path / "samples"
         row = GridRow(f"update {update}", result.images[:count], captions)

@@ -1,7 +1,10 @@
-"""Reading a person's text file, with the same three complaints everywhere."""
+"""Reading a person's text file or settings, with the same complaints everywhere."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,26 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise CRDError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def known_fields(values: Mapping[Any, Any], kind: type, what: str) -> dict[str, Any]:
+    """The values, all of whose keys are fields of the dataclass `kind`.
+
+    Args:
+        values: parsed settings.
+        kind: what they are for.
+        what: one of them to the user, such as "judge setting".
+
+    Raises:
+        CRDError: an unknown key; names the nearest.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise CRDError(f"unknown {what} {key!r}; {hint}")
+    return dict(values)
 
 
 def read_lines(path: Path, kind: str, missing: str) -> list[tuple[int, str]]:

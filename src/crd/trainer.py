@@ -20,10 +20,11 @@ from crd.console import console
 from crd.data import Prompts, count_shared, epoch_order, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import EvalResult, SamplingSettings, draw, encode_prompts, evaluate
+from crd.evaluation import EvalResult, Evaluator, SamplingSettings, draw, encode_prompts
 from crd.export import export_lora, export_pipeline
 from crd.flow import draw_timesteps
 from crd.loading import build_optimizer, build_snapshots, checkpoint_number, judged_prompts, training_backbone
+from crd.metrics.held_out import HeldOutScores
 from crd.objectives import objective_class
 from crd.objectives.base import Rows
 from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
@@ -32,9 +33,11 @@ from crd.rewards import RewardFunction, RewardSet
 from crd.run_folder import RunFolder, recorded_config
 from crd.seeds import generator
 from crd.snapshots import ANCHOR, OLD, POLICY, SAMPLER
-from crd.tracker import Tracker, print_update, read_metrics
+from crd.tracker import Tracker, print_update
 from crd.training_state import Progress, pack, restore
+from crd.watch import Verdict, Watch
 
+KL_SCALE_MAX = 8.0  # beyond it the anchor outweighs any reward
 BEFORE_ALL = -1  # a resumed run that starts over keeps no record, not even the evaluation of update 0
 
 RewardArgument: TypeAlias = str | RewardFunction
@@ -74,8 +77,12 @@ class CRDTrainer:
         self.eval_data = None if held_out is None else judged_prompts("eval_prompts", held_out, self.rewards)
         if config.eval_base_guidance and self.eval_data is None:
             raise CRDError("eval_base_guidance needs evaluation prompts, got none; set eval_prompts, or leave it out")
+        if config.alarm in ("stop", "raise_kl") and self.eval_data is None:
+            raise CRDError(f"alarm={config.alarm} needs evaluation prompts, got none; set eval_prompts, or use warn")
         self.engine = Engine(config.mixed_precision, config.device)
-        self.rewards.use_device(str(self.engine.device))
+        self.held_out = HeldOutScores(config.held_out, self.eval_data)
+        for scorers in (self.rewards, self.held_out):
+            scorers.use_device(str(self.engine.device))
         self.backbone = training_backbone(config.model if model is None else model, config, self.engine.device)
         if config.gradient_checkpointing:
             denoiser: Any = self.backbone.denoiser  # a diffusers model; nn.Module knows no such method
@@ -90,7 +97,20 @@ class CRDTrainer:
         self.folder = RunFolder(Path(config.output_dir))
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", config.keep_checkpoints)
         self.progress = Progress()
+        self.watch = self._build_watch()
         self._clock = time.perf_counter()  # at which `progress.seconds` was last brought up to date
+
+    def _build_watch(self) -> Watch | None:
+        """Evaluation of this run; None without evaluation prompts."""
+        config = self.args
+        if self.eval_data is None:
+            return None
+        settings = SamplingSettings(config.eval_steps, 1.0, config.rollout_batch, config.height, config.width)
+        evaluator = Evaluator(
+            self.backbone, self.snapshots, self.engine, self.rewards, self.held_out, self.eval_data, settings,
+            self.uncond, config.anchor_guidance, config.eval_images, config.seed,
+        )  # fmt: skip
+        return Watch(evaluator, self.folder.path, config.alarm)
 
     def _refuse_early(self) -> None:
         """Settings that only the model can judge, before a run folder exists."""
@@ -111,6 +131,9 @@ class CRDTrainer:
             CRDError: a broken scorer, a used output folder, a corrupt checkpoint, a failing reward, a full disk.
         """
         self.rewards.self_test()
+        self.held_out.self_test()
+        for line in self.held_out.warn_of(self.rewards):
+            console.print(f"warn: {line}", style="yellow")
         if self.eval_data is not None and (shared := count_shared(self.train_data, self.eval_data)):
             console.print(f"{shared} of {len(self.eval_data)} evaluation prompts are also training prompts")
         if resume is False:
@@ -140,8 +163,11 @@ class CRDTrainer:
                 raise CRDError(f"updates={self.args.updates} is below the {number} that are done; raise it")
             checkpoint = self.checkpoints.load(number)
             self.progress = restore(checkpoint, self.snapshots, self.optimizer, self.train_data.prompts)
-        rewards = {record["update"]: record["reward"] for record in read_metrics(self.folder.path, "eval")}
-        self.checkpoints.forget_after(self.progress.updates_done, rewards)
+            self._set_kl(self.progress.kl_scale)
+        if self.watch is not None:
+            self.watch.go_back(self.progress.updates_done or BEFORE_ALL)
+        eligible = {} if self.watch is None else self.watch.eligible()
+        self.checkpoints.forget_after(self.progress.updates_done, eligible)
         self.folder.record(self.recorded)
 
     def _run(self, resume_from: int | None) -> None:
@@ -158,13 +184,14 @@ class CRDTrainer:
         try:
             if self.progress.updates_done == 0:
                 self._log_evaluation(tracker)
-            while self.progress.updates_done < config.updates:
+            going = True
+            while going and self.progress.updates_done < config.updates:
                 started = time.perf_counter()
                 metrics = self._update_or_save()
                 seconds = time.perf_counter() - started
                 tracker.log(self.progress.updates_done, "train", {**metrics, "seconds": seconds})
                 print_update(self.progress.updates_done, config.updates, metrics, seconds)
-                self._evaluate_and_save(tracker)
+                going = self._evaluate_and_save(tracker)
         finally:
             tracker.close()
 
@@ -259,20 +286,14 @@ class CRDTrainer:
         }
 
     def evaluate(self, role: str = POLICY, guidance: float = 1.0) -> EvalResult:
-        """Reward of a role ("policy", "anchor" = the base model, ...) on the evaluation prompts.
+        """What a role ("policy", "anchor" = the base model, ...) does on the evaluation prompts.
 
         Raises:
             CRDError: the trainer has no evaluation prompts.
         """
-        if self.eval_data is None:
+        if self.watch is None:
             raise CRDError("no evaluation prompts; set eval_prompts or pass eval_dataset")
-        config = self.args
-        settings = SamplingSettings(config.eval_steps, guidance, config.rollout_batch, config.height, config.width)
-        with self.snapshots.use(role) as denoiser:
-            return evaluate(
-                self.backbone, denoiser, self.engine, self.rewards, self.eval_data, settings, self.uncond,
-                images_per_prompt=config.eval_images, seed=config.seed,
-            )  # fmt: skip
+        return self.watch.evaluator(role, guidance)
 
     def save_model(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Export the policy for stock diffusers: a LoRA folder, or a whole pipeline after full fine-tuning."""
@@ -280,29 +301,46 @@ class CRDTrainer:
             return export_lora(self.backbone, self.snapshots, folder, overwrite=overwrite)
         return export_pipeline(self.backbone, self.snapshots, folder, overwrite=overwrite)
 
-    def _evaluate_and_save(self, tracker: Tracker) -> None:
-        """After an update: evaluation and checkpoint when due, and at the end."""
+    def _evaluate_and_save(self, tracker: Tracker) -> bool:
+        """After an update: evaluation and checkpoint when due, and at the end; whether the run goes on."""
         config, done = self.args, self.progress.updates_done
         final = done == config.updates
-        reward: float | None = None
+        verdict: Verdict | None = None
         if final or (config.eval_every and done % config.eval_every == 0):
-            reward = self._log_evaluation(tracker)
-        known = self.checkpoints.best()
-        best = reward is not None and (known is None or reward > known[1])
+            verdict = self._log_evaluation(tracker)
+        known, best = self.checkpoints.best(), False
+        if verdict is not None:
+            best = verdict.eligible and (known is None or verdict.result.mean > known[1])
+            final = final or verdict.stop
+            if verdict.raise_kl and self.progress.kl_scale < KL_SCALE_MAX:
+                self.progress.kl_scale *= 2
+                self._set_kl(self.progress.kl_scale)
+                console.print(f"the alarm raises the KL strengths to {self.progress.kl_scale:g} times their settings")
         if best or final or (config.save_every and done % config.save_every == 0):
             self._save()
-        if best and reward is not None:
-            self.checkpoints.mark_best(done, reward)
+        if best and verdict is not None:
+            self.checkpoints.mark_best(done, verdict.result.mean)
+        if verdict is not None and verdict.stop:
+            console.print(f"the alarm stops the run after update {done}; `crd report {self.folder.path}` shows why")
+            return False
+        return True
 
-    def _log_evaluation(self, tracker: Tracker) -> float | None:
-        """Held-out reward of the policy, logged; None without evaluation prompts."""
-        if self.eval_data is None:
+    def _set_kl(self, scale: float) -> None:
+        settings = self.args.objective_config()
+        scaled = dataclasses.replace(settings, kl_min=scale * settings.kl_min, kl_max=scale * settings.kl_max)
+        self.objective = objective_class(self.args.objective)(scaled)
+
+    def _log_evaluation(self, tracker: Tracker) -> Verdict | None:
+        """Evaluation of the policy, logged and judged; None without evaluation prompts."""
+        if self.watch is None:
             return None
-        result, done = self.evaluate(), self.progress.updates_done
+        done = self.progress.updates_done
+        verdict = self.watch.evaluate(done)
+        result = verdict.result
         tracker.log(done, "eval", result.metrics())
         self.folder.save_samples(done, result)
         console.print(f"update {done}: held-out reward {result.mean:.3f} ({len(result.images)} images, no CFG)")
-        return result.mean
+        return verdict
 
     def _save(self) -> None:
         now = time.perf_counter()

@@ -27,6 +27,7 @@ class Progress:
     optimizer_steps: int = 0
     images_drawn: int = 0
     seconds: float = 0.0  # wall clock, evaluations included
+    kl_scale: float = 1.0  # times kl_min and kl_max; the alarm may raise it
 
 
 def pack(
@@ -56,7 +57,9 @@ def restore(
     for role in (POLICY, *snapshots.roles):
         snapshots.load_state(role, checkpoint.tensors[role])
     load_optimizer_tensors(optimizer, _names(snapshots), dict(checkpoint.tensors["optimizer"]))
-    return Progress(**{field.name: checkpoint.counters[field.name] for field in dataclasses.fields(Progress)})
+    # A checkpoint that does not know the scale is of a run that could not change it.
+    counters = {"kl_scale": 1.0, **checkpoint.counters}
+    return Progress(**{field.name: counters[field.name] for field in dataclasses.fields(Progress)})
 
 
 def _names(snapshots: Snapshots) -> list[str]:

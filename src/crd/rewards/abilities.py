@@ -29,3 +29,8 @@ class DeviceUsing(Protocol):
 @runtime_checkable
 class Ranged(Protocol):
     score_range: tuple[float, float]
+
+
+@runtime_checkable
+class Judging(Protocol):
+    judge_name: str

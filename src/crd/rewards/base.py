@@ -7,6 +7,7 @@ its signature names (all of them if it takes `**columns`). It returns B numbers,
 - `score_range = (low, high)`: a score outside is an error, and it is the scale a report may draw;
 - `check_prompts(prompts)`: called when prompts are loaded; raises `CRDError` for one it cannot score;
 - `check_columns(prompts, columns)`: the same with the dataset columns it takes;
+- `judge_name`: what it judges by; two rewards of one judge are no independent judges of each other;
 - `use_device(device)`: called once the run's device is known, before `self_test`: "cpu", "cuda", "cuda:1";
 - `self_test()`: called before step 0; raises `CRDError` if the scorer is broken; may return sample scores,
   which must then differ.
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from crd.errors import CRDError
 from crd.records import ASKED, RewardOutput
-from crd.rewards.abilities import ColumnChecking, DeviceUsing, PromptChecking, Ranged, SelfTesting
+from crd.rewards.abilities import ColumnChecking, DeviceUsing, Judging, PromptChecking, Ranged, SelfTesting
 from crd.rewards.asked import own_columns, rows_asked
 from crd.rewards.registry import resolve, reward_name
 from crd.rewards.signature import ColumnUse, column_use, quote
@@ -47,6 +48,11 @@ class WeightedReward:
     function: RewardFunction
     weight: float
     range: tuple[float, float] | None
+
+    @property
+    def judge(self) -> str | None:
+        """What it judges by, if it says so."""
+        return self.function.judge_name if isinstance(self.function, Judging) else None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -140,24 +146,13 @@ class RewardSet:
                 outside its range, or no reward with a weight applies to an image.
             ValueError: images, prompts and columns differ in length.
         """
-        _check_lengths(len(images), prompts, columns)
-        scored: dict[str, Tensor] = {}
+        scored = self.scores(images, prompts, columns)
         total = torch.zeros(len(images), dtype=torch.float64)
         counted = torch.zeros(len(images), dtype=torch.bool)
-        if not images:
-            return RewardOutput(total, {reward.name: total.clone() for reward in self.rewards})
-        rows = rows_asked(prompts, columns, list(self.weights))
-        for reward, use in zip(self.rewards, self._uses, strict=True):
-            scores = torch.full((len(images),), math.nan, dtype=torch.float64)
-            asked = rows[reward.name]
-            if asked:
-                chosen = [images[i] for i in asked], [prompts[i] for i in asked], own_columns(columns, asked)
-                scores[asked] = _scores_of(reward, use, *chosen)
-            applies = ~scores.isnan()
-            scored[reward.name] = scores
-            total += reward.weight * scores.nan_to_num(nan=0.0)
+        for reward in self.rewards:
+            total += reward.weight * scored[reward.name].nan_to_num(nan=0.0)
             # A weight of 0 adds nothing: an image that only such rewards judge would get a silent 0.
-            counted |= applies & (reward.weight != 0)
+            counted |= ~scored[reward.name].isnan() & (reward.weight != 0)
         if not counted.all():
             index = int((~counted).nonzero()[0])
             raise CRDError(
@@ -165,6 +160,25 @@ class RewardSet:
                 "remove the prompt or add a reward that scores it"
             )
         return RewardOutput(total, scored)
+
+    def scores(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Tensor]:
+        """Every reward's own scores: name -> (B,) float64, NaN where it does not apply; arguments as in `score`.
+
+        Raises:
+            CRDError: a reward raised, or returned what it may not.
+            ValueError: images, prompts and columns differ in length.
+        """
+        _check_lengths(len(images), prompts, columns)
+        scored: dict[str, Tensor] = {}
+        rows = rows_asked(prompts, columns, list(self.weights))
+        for reward, use in zip(self.rewards, self._uses, strict=True):
+            scored[reward.name] = torch.full((len(images),), math.nan, dtype=torch.float64)
+            if asked := rows[reward.name]:
+                chosen = [images[i] for i in asked], [prompts[i] for i in asked], own_columns(columns, asked)
+                scored[reward.name][asked] = _scores_of(reward, use, *chosen)
+        return scored
 
     def use_device(self, device: str) -> None:
         """Tell every reward that has networks of its own where the run computes."""

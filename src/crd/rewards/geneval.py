@@ -96,3 +96,9 @@ class TinyGenEvalOfficialReward(TinyGenEvalReward):
     """Reward 0 or 1: GenEval's own score by the bundled world's own detector."""
 
     score = "official"
+
+
+class TinyHeldOutGenEvalReward(TinyGenEvalReward):
+    """Reward in [0, 1]: the `soft` score by the bundled world's second detector, trained apart from the first."""
+
+    judge_name = "tiny-transformer"

@@ -19,6 +19,15 @@ REGISTRY: dict[str, str] = {
     "geneval-official": "crd.rewards.geneval:GenEvalOfficialReward",
     "geneval-tiny": "crd.rewards.geneval:TinyGenEvalReward",
     "geneval-tiny-official": "crd.rewards.geneval:TinyGenEvalOfficialReward",
+    # The held-out detector of the bundled world: other architecture, seed and data than the one above.
+    "geneval-tiny-held-out": "crd.rewards.geneval:TinyHeldOutGenEvalReward",
+    # Preference scorers; each may be given its weights as NAME=SOURCE.
+    "clipscore": "crd.metrics.clipscore:CLIPScore",
+    "pickscore": "crd.metrics.pickscore:PickScore",
+    "hpsv2": "crd.metrics.hpsv2:HPSv2",
+    "imagereward": "crd.metrics.imagereward:ImageReward",
+    "aesthetic": "crd.metrics.aesthetic:AestheticScore",
+    "vlm": "crd.metrics.vlm_judge:VLMJudge",
 }
 
 
@@ -27,20 +36,28 @@ def resolve(reward: str | Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         reward: a registered name (`"ocr"`), `"module.path:function"` (the working directory is searched
-            last), or a callable. A class, named or given, is called without arguments.
+            last), or a callable. A class, named or given, is called without arguments, that
+            of `"NAME=SOURCE"` with `source=SOURCE`: the hub id, folder or file of its weights or settings.
 
     Raises:
-        CRDError: unknown name (lists the names and the nearest), module or attribute not found, not callable.
+        CRDError: unknown name (lists the names and the nearest), module or attribute not found, not callable, or a
+            SOURCE for what takes none.
     """
+    name, equals, source = reward.partition("=") if isinstance(reward, str) else ("", "", "")
     if isinstance(reward, str):
-        path = REGISTRY.get(reward, reward)
+        path = REGISTRY.get(name, name)
         if ":" not in path:
-            raise CRDError(_unknown(reward))
+            raise CRDError(_unknown(name))
         found = _import(path)
     else:
         found = reward
+    if equals and not source:
+        raise CRDError(f"reward {reward!r} names no source after the =; add it, or leave out the =")
+    if equals and not (inspect.isclass(found) and "source" in inspect.signature(found).parameters):
+        raise CRDError(f"reward {name} takes no source, got {source!r}; leave out the = and what follows")
     if inspect.isclass(found):
-        found = found()
+        build: Callable[..., Any] = found
+        found = build(source=source) if equals else build()
     if not callable(found):
         raise CRDError(f"reward {reward!r} must be callable, got {type(found).__name__}; give a function")
     return found
@@ -48,8 +65,8 @@ def resolve(reward: str | Callable[..., Any]) -> Callable[..., Any]:
 
 def reward_name(reward: str | Callable[..., Any], resolved: Callable[..., Any]) -> str:
     """The name under which scores are logged: the registered name, else that of the function or class."""
-    if isinstance(reward, str) and reward in REGISTRY:
-        return reward
+    if isinstance(reward, str) and reward.partition("=")[0] in REGISTRY:
+        return reward.partition("=")[0]
     if inspect.isroutine(resolved):
         return str(resolved.__name__)
     registered = f"{type(resolved).__module__}:{type(resolved).__qualname__}"

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from crd.backbones import load_backbone
 from crd.data import load_prompts
 from crd.engine import Engine
-from crd.evaluation import EvalResult, SamplingSettings, encode_prompts, evaluate
+from crd.evaluation import EvalResult, Evaluator, SamplingSettings, encode_prompts
 from crd.grid import GridRow, draw_grid
+from crd.loading import load_model
+from crd.metrics.held_out import HeldOutScores
 from crd.rewards import RewardSet
+from crd.snapshots import ANCHOR
 
 STEPS = 10
 ROW_LENGTH = 12
@@ -22,15 +24,13 @@ Results = dict[float, EvalResult]
 
 def evaluate_scales(folder: Path, prompts: str, reward: str, scales: tuple[float, ...]) -> Results:
     """Held-out reward of a pipeline folder at each guidance scale, same noise; on the CPU."""
-    backbone, engine = load_backbone(folder), Engine("auto", "cpu")
-    dataset, rewards, uncond = load_prompts(prompts), RewardSet([reward]), encode_prompts(backbone, engine, [""])
-    found = {}
-    for scale in scales:
-        settings = SamplingSettings(STEPS, scale, 32, None, None)
-        found[scale] = evaluate(
-            backbone, backbone.denoiser, engine, rewards, dataset, settings, uncond, images_per_prompt=1, seed=0
-        )
-    return found
+    model, engine, dataset = load_model(folder), Engine("auto", "cpu"), load_prompts(prompts)
+    evaluator = Evaluator(
+        model.backbone, model.snapshots, engine, RewardSet([reward]), HeldOutScores((), dataset), dataset,
+        SamplingSettings(STEPS, 1.0, 32, None, None), encode_prompts(model.backbone, engine, [""]),
+        anchor_guidance=max(scales), images_per_prompt=1, seed=0,
+    )  # fmt: skip
+    return {scale: evaluator(ANCHOR, scale) for scale in scales}
 
 
 def scales_grid(parts: Sequence[Results], scales: tuple[float, ...]) -> Image.Image:

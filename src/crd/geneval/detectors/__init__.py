@@ -16,7 +16,7 @@ from crd.geneval.detections import PUBLISHED, Thresholds
 from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, ColorClassifier, Detector
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.detectors.scope import JudgeScope
-from crd.text_files import parse_yaml, read_text
+from crd.text_files import known_fields, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from crd.geneval.judge import GenEvalJudge
@@ -111,26 +111,16 @@ def _from_file(path: Path) -> JudgeConfig:
 
 
 def _from_fields(fields: Mapping[str, Any]) -> JudgeConfig:
-    values = _known(fields, JudgeConfig, "judge setting")
+    values = known_fields(fields, JudgeConfig, "judge setting")
     if isinstance(values.get("classes"), list):
         values["classes"] = tuple(values["classes"])
     if not isinstance(values.get("thresholds"), Mapping):
         return JudgeConfig(**values)
-    given = _known(values["thresholds"], Thresholds, "threshold")
+    given = known_fields(values["thresholds"], Thresholds, "threshold")
     settings = JudgeConfig(**{**values, "thresholds": Thresholds(**given)})
     if not set(CONFIDENCES) <= set(given) and not _detector_class(settings.detector).published_thresholds:
         raise CRDError(_needs_thresholds(settings.detector))
     return settings
-
-
-def _known(values: Mapping[str, Any], kind: type[JudgeConfig | Thresholds], what: str) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise CRDError(f"unknown {what} {key!r}; {hint}")
-    return dict(values)
 
 
 def _needs_thresholds(detector: str) -> str:

@@ -20,6 +20,7 @@ from crd.geneval.detectors.loading import (
     load_weights,
 )
 from crd.geneval.metadata import COLORS
+from crd.metrics.clip_embeddings import clip_pixels, image_embeddings, text_embeddings
 
 DEFAULT_MODEL = "openai/clip-vit-large-patch14"
 TEMPLATES = (
@@ -57,7 +58,7 @@ class CLIPColorClassifier:
     ) -> None:
         check_batch_size("CLIP colors", batch_size)
         check_model_type(model, ("clip",), "the color classifier")
-        self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
+        self.batch_size = batch_size
         self._processor = load_image_processor(model)
         self._tokenizer = load_tokenizer(model)
         self._model = load_weights(CLIPModel, model, device, dtype)
@@ -84,11 +85,7 @@ class CLIPColorClassifier:
         """(10, D) float32 unit vectors, one for each of `COLORS`; computed once for each class name."""
         if name not in self._known:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-            tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-            pooled = self._model.text_model(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            ).pooler_output
-            embeddings = F.normalize(self._model.text_projection(pooled).float(), dim=-1)
+            embeddings = text_embeddings(self._model, self._tokenizer, texts)
             mean = embeddings.view(len(COLORS), len(TEMPLATES), -1).mean(dim=1)
             self._known[name] = F.normalize(mean, dim=-1)
         return self._known[name]
@@ -96,10 +93,7 @@ class CLIPColorClassifier:
     @torch.inference_mode()
     def image_embeddings(self, crops: Sequence[Image.Image]) -> torch.Tensor:
         """(N, D) float32 unit vectors of N images."""
-        # Told, because a crop three pixels high would be taken for channels first.
-        pixels = self._processor(images=list(crops), input_data_format="channels_last", return_tensors="pt")
-        pooled = self._model.vision_model(pixel_values=pixels["pixel_values"].to(self.device, self.dtype)).pooler_output
-        return F.normalize(self._model.visual_projection(pooled).float(), dim=-1)
+        return image_embeddings(self._model, clip_pixels(self._processor, crops))
 
 
 def crop_object(image: Image.Image, detections: Detections, row: int) -> Image.Image:

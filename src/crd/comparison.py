@@ -1,0 +1,150 @@
+"""Evaluations as people read them: means with intervals over prompts, and paired differences between models."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from crd.errors import CRDError
+from crd.eval_record import EvalRecord, parse_record
+from crd.metrics.bootstrap import Interval, bootstrap_mean, paired_difference
+
+NO_PAIRS = (
+    "the evaluations are not of the same prompts and seed, so no pairs can be formed; "
+    "use the same --prompts, --images and --seed"
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model at one guidance scale."""
+
+    model: str
+    record: EvalRecord
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, CFG {self.record.guidance:g}"
+
+
+def intervals(record: EvalRecord) -> dict[str, Interval]:
+    """Mean and 95% interval of every column that applies somewhere."""
+    return {
+        name: bootstrap_mean(values, prompts)
+        for name, (values, prompts) in record.columns().items()
+        if not np.isnan(values).all()
+    }
+
+
+def differences(line: EvalRecord, reference: EvalRecord) -> dict[str, Interval]:
+    """Paired differences to `reference` in every column that both have.
+
+    Raises:
+        CRDError: the two were not drawn for the same prompts from the same noise.
+    """
+    if not line.same_images(reference):
+        raise CRDError(NO_PAIRS)
+    theirs, found = reference.columns(), {}
+    for name, (values, prompts) in line.columns().items():
+        if name in theirs and not np.isnan(values - theirs[name][0]).all():
+            found[name] = paired_difference(values, theirs[name][0], prompts)
+    return found
+
+
+def to_dict(line: Line) -> dict[str, Any]:
+    """For JSON: `read_evaluations` reads it back."""
+    record = line.record
+    return {
+        "model": line.model,
+        "guidance": record.guidance,
+        "steps": record.steps,
+        "images": len(record.prompt_id),
+        "intervals": as_dict(intervals(record)),
+        "evaluation": record.to_dict(),
+    }
+
+
+def as_dict(found: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
+    """Intervals for JSON; None where there is none."""
+    return {
+        name: {"mean": one.mean, "low": _plain(one.low), "high": _plain(one.high)} for name, one in found.items()
+    }  # fmt: skip
+
+
+def read_evaluations(path: Path) -> list[Line]:
+    """The lines of a file that `crd eval --out` wrote.
+
+    Raises:
+        CRDError: it is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lines = [Line(str(entry["model"]), parse_record(entry["evaluation"])) for entry in content]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CRDError(
+            f"{path} holds no evaluations of `crd eval --out`: {type(error).__name__} {error}; write it again"
+        ) from error
+    if not lines:
+        raise CRDError(f"{path} holds an empty list of evaluations; write it again with `crd eval --out`")
+    return lines
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """Mean and 95% interval over prompts: a row for each column of the evaluations, a column for each model."""
+    cells = [{name: _shown(found) for name, found in intervals(line.record).items()} for line in lines]
+    return _table(lines, cells, [line.record.drift for line in lines], "mean [95% interval over prompts]")
+
+
+def comparison_table(lines: Sequence[Line]) -> Table:
+    """The first model's means, and the paired differences of the others to it; bold where the interval excludes 0.
+
+    Raises:
+        CRDError: they were not drawn for the same prompts from the same noise.
+    """
+    first, *others = [line.record for line in lines]
+    cells = [{name: _shown(found) for name, found in intervals(first).items()}]
+    drift = [dict(first.drift)]
+    for other in others:
+        cells.append({name: _signed(found) for name, found in differences(other, first).items()})
+        drift.append({name: value - first.drift[name] for name, value in other.drift.items() if name in first.drift})
+    return _table(lines, cells, drift, "first: mean; others: paired difference to it [95% interval over prompts]")
+
+
+def _table(
+    lines: Sequence[Line], cells: Sequence[Mapping[str, Text]], drift: Sequence[Mapping[str, float]], title: str
+) -> Table:
+    table = Table("", *(escape(line.title) for line in lines), title=title)
+    images = [str(len(line.record.prompt_id)) for line in lines]
+    table.add_row("images", *images)
+    for name in dict.fromkeys(name for column in cells for name in column):
+        table.add_row(name, *(column.get(name, Text("-")) for column in cells))
+    for name in dict.fromkeys(name for column in drift for name in column):
+        table.add_row(name, *(f"{column[name]:.3f}" if name in column else "-" for column in drift))
+    return table
+
+
+def _shown(interval: Interval) -> Text:
+    if not interval.known:
+        return Text(f"{interval.mean:.3f}")
+    return Text(f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
+
+
+def _signed(interval: Interval) -> Text:
+    if not interval.known:
+        return Text(f"{interval.mean:+.3f}")
+    told = interval.low > 0 or interval.high < 0
+    text = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return Text(text, style="bold" if told else "")
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,1 @@
+"""Held-out scores, image statistics and intervals; no training."""

@@ -1,0 +1,74 @@
+"""How far a model's velocities are from the base model's, on its own images and fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from crd.backbones.base import Backbone, guided_velocity
+from crd.engine import Engine
+from crd.flow import interpolate
+from crd.records import Rollout
+from crd.sampling import initial_noise
+from crd.seeds import derive_seed
+from crd.snapshots import ANCHOR, Snapshots
+
+TIMES = (0.9, 0.7, 0.5, 0.3)
+IMAGES = 48  # the first of an evaluation; the mean over their pixels and times is steady long before its reward is
+
+
+@torch.no_grad()
+def velocity_drift(
+    backbone: Backbone,
+    snapshots: Snapshots,
+    engine: Engine,
+    role: str,
+    rollout: Rollout,
+    uncond: Mapping[str, Tensor],
+    *,
+    guidance: float,
+    anchor_guidance: float,
+    batch: int,
+    seed_name: Sequence[int | str],
+) -> dict[str, float]:
+    """Distance of a model's velocities to those of the guided base model, and their size.
+
+        kl_to_anchor = mean (v(x_t) - v_anchor(x_t))^2,    velocity_norm = sqrt(mean v(x_t)^2)
+
+    over the dimensions, the first `IMAGES` of the model's own images and `TIMES`.
+
+    Args:
+        backbone: the model family.
+        snapshots: role -> network.
+        engine: for its autocast.
+        role: the model, used with `guidance`.
+        rollout: images of that model.
+        uncond: encoding of "", name -> (1, ...).
+        guidance: CFG scale of the model.
+        anchor_guidance: CFG scale of `v_anchor`.
+        batch: rows per call of a network.
+        seed_name: names the noise.
+
+    Source: arXiv 2603.14128 (the KL estimate); images and times are ours.
+    """
+    images, sums, rows = range(min(IMAGES, len(rollout.batch))), torch.zeros(2, dtype=torch.float64), 0
+    pairs = [(image, t) for image in images for t in TIMES]
+    for start in range(0, len(pairs), batch):
+        chosen = pairs[start : start + batch]
+        image, t = torch.tensor([index for index, _ in chosen]), torch.tensor([time for _, time in chosen])
+        x0 = rollout.x0[image]
+        seeds = [derive_seed(*seed_name, index, str(time)) for index, time in chosen]
+        noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
+        t = t.to(x0)
+        x_t, conditioning = interpolate(x0, noise, t), rollout.conditioning.select(image).gather()
+        found = []
+        for name, scale in ((role, guidance), (ANCHOR, anchor_guidance)):
+            with snapshots.use(name) as denoiser, engine.autocast():
+                found.append(guided_velocity(backbone, denoiser, x_t, t, conditioning, uncond, scale).double())
+        velocity, anchor = found
+        sums += torch.stack([(velocity - anchor).square().sum(), velocity.square().sum()]).cpu()
+        rows += velocity.numel()
+    kl, square = (sums / rows).tolist()
+    return {"kl_to_anchor": kl, "velocity_norm": square**0.5}

@@ -1,0 +1,122 @@
+"""The page: template, style and script of `page/` filled with a report's data, in one file without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from crd.errors import CRDError
+from crd.report import tables
+from crd.report.figures import figure_data
+from crd.report.pictures import BUDGET, grid_data, load_album, sheet_texts
+from crd.report.read_run import Run, read_runs
+from crd.report.words import count, duration, number, signed
+
+_PAGE = files("crd.report") / "page"
+_SCRIPTS = ("format.js", "axes.js", "charts.js", "plane.js", "pictures.js", "viewer.js", "page.js")
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write one HTML file about one or several runs; it needs no network and no other file.
+
+    The same runs give the same bytes. The file is replaced whole or not at all.
+
+    Args:
+        runs: run folders; parts that a run lacks are left out, and the page says so.
+        out: the file to write; folders above it are made.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CRDError: not a run folder, a malformed file in one (named, with its line), or `out` cannot be written.
+    """
+    page = render(read_runs(runs)).encode("utf-8")
+    temporary: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(page)
+        temporary.chmod(0o644)  # mkstemp lets only its owner read
+        os.replace(temporary, out)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise CRDError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    return out
+
+
+def render(runs: Sequence[Run], budget: int = BUDGET) -> str:
+    """The page as text.
+
+    Args:
+        runs: as read.
+        budget: bytes of all pictures together, before base64.
+
+    Raises:
+        CRDError: a picture cannot be read, or they cannot be made to fit the budget.
+    """
+    album = load_album(runs, budget)
+    style = _asset("report.css")
+    script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "})();\n"
+    grids = [grid_data(run, index, album) for index, run in enumerate(runs)]
+    data = {**figure_data(runs), "grids": grids}
+    differing, usual = tables.settings(runs)
+    # Undefined names are mistakes of the template; everything is escaped unless marked safe there.
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True)  # fmt: skip
+    environment.filters |= {"number": number, "signed": signed, "duration": duration}
+    environment.globals |= {"count": count, "level_words": tables.LEVEL_WORDS}
+    return environment.from_string(_asset("template.html")).render(
+        policy=_policy(style, script),
+        style=style,
+        script=script,
+        data=_json(data),
+        runs=runs,
+        summaries=[tables.run_summary(run) for run in runs],
+        numbers=[tables.numbers_table(run) for run in runs],
+        extremes=[tables.extremes(run) for run in runs],
+        drawn=data["panels"],
+        sideways=data["plane"],
+        grids=grids,
+        sheets=[sheet for index, run in enumerate(runs) for sheet in sheet_texts(run, index, album)],
+        album=album,
+        differing=differing,
+        usual=usual,
+        environments=tables.environments(runs),
+    )
+
+
+def _asset(name: str) -> str:
+    return (_PAGE / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """A Content-Security-Policy that lets only this page's own style and script run, and loads nothing from afar."""
+    return (
+        f"default-src 'none'; img-src data: blob:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _json(data: Any) -> str:
+    """JSON that may stand inside a script element: no text in it can close the element or open a comment."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

@@ -1,0 +1,124 @@
+"""Evaluation inside training: the history of a run's evaluations, what the alarm says of them, which one is best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from crd.alarm import WARN, Evaluated, Event, check, fallen, held_out_columns
+from crd.console import console
+from crd.errors import CRDError
+from crd.eval_record import EvalRecord
+from crd.evaluation import EvalResult, Evaluator
+from crd.evaluation_files import TILES, EvaluationFiles
+from crd.snapshots import ANCHOR, POLICY
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an evaluation means for the run."""
+
+    result: EvalResult
+    events: list[Event]
+    stop: bool
+    raise_kl: bool
+    eligible: bool  # as the best of the run: no held-out score is below the base model's beyond its noise
+
+
+class Watch:
+    """Evaluates a run's policy, compares it with the base model on the same noise, and keeps the record.
+
+    Args:
+        evaluator: of the run.
+        run: its folder.
+        action: "off" records evaluations alone; "warn" tells and records events; "stop" ends the run at a warning,
+            "raise_kl" strengthens its anchor.
+    """
+
+    def __init__(self, evaluator: Evaluator, run: Path, action: str) -> None:
+        self.evaluator, self.action = evaluator, action
+        self.files = EvaluationFiles(run)
+        self.history: list[Evaluated] = []
+        self._guided: EvalRecord | None = None
+
+    def go_back(self, update: int) -> None:
+        """Take up the record of a run that goes on from `update`, without what came later.
+
+        Args:
+            update: below 0, the run starts over.
+
+        Raises:
+            CRDError: the record is damaged, of other prompts, without its beginning, or cannot be written.
+        """
+        history = self.files.history(update)
+        if update >= 0 and (not history or history[0].update != 0):
+            raise CRDError(f"{self.files.folder} lacks the evaluation of update 0, with which later ones are compared; "
+                           "restore it, or start a new run")  # fmt: skip
+        guided = self.files.base(self.evaluator.anchor_guidance) if history else None
+        for record in [*(one.record for one in history), *([] if guided is None else [guided])]:
+            if not self.evaluator.draws(record):
+                raise CRDError(f"the evaluation prompts are not those of the run: {self.files.folder} holds "
+                               f"{len(record.prompts)} others; restore the prompts, or start a new run")  # fmt: skip
+        # Nothing is dropped before all is read: a refused resume changes nothing.
+        try:
+            self.files.forget_after(update)
+        except OSError as error:
+            raise CRDError(f"cannot tidy {self.files.folder}: {error}; check its permissions") from error
+        self.history, self._guided = history, guided
+
+    def evaluate(self, update: int) -> Verdict:
+        """Evaluate the policy, keep the record, and judge it.
+
+        Raises:
+            CRDError: a scorer failed, or the record cannot be written.
+        """
+        result = self.evaluator(POLICY)
+        if self._guided is None and self.action != "off":
+            guided = self.evaluator(ANCHOR, self.evaluator.anchor_guidance)
+            self._guided = guided.record
+            self._keep(lambda: self.files.save_base(guided))
+        self.history.append(Evaluated(update, result.record))
+        self._keep(lambda: self.files.save_policy(update, result))
+        # A run that is resumed with the alarm off still has the guided base model's record.
+        events = [] if self.action == "off" or self._guided is None else check(self.history, self._guided)
+        for event in events:
+            self._tell(event, result)
+        warned = any(event.level == WARN for event in events)
+        return Verdict(
+            result, events, stop=warned and self.action == "stop", raise_kl=warned and self.action == "raise_kl",
+            eligible=self._eligible(result.record),
+        )  # fmt: skip
+
+    def eligible(self) -> dict[int, float]:
+        """Update -> mean reward, of the evaluations after training that may be the best of the run."""
+        return {
+            one.update: one.record.metrics()["reward"] for one in self.history[1:] if self._eligible(one.record)
+        }  # fmt: skip
+
+    def _eligible(self, record: EvalRecord) -> bool:
+        base = self.history[0].record
+        return not any(fallen(record, base, column) for column in held_out_columns(record))
+
+    def _tell(self, event: Event, result: EvalResult) -> None:
+        style = "yellow" if event.level == WARN else ""
+        console.print(f"{event.level}: update {event.update}: {event.message}", style=style, markup=False)
+        index = self._example(event.column, result.record)
+        action = self.action if event.level == WARN else "none"
+        self._keep(lambda: self.files.save_event(event, action, self.files.tile(0, index), result.images[index]))
+
+    def _example(self, column: str | None, now: EvalRecord) -> int:
+        """Of the images that are kept, the one in which a score or statistic changed most since the base model."""
+        base = self.history[0].record
+        columns = {**now.scores, **now.statistics}, {**base.scores, **base.statistics}
+        name = column if column in columns[0] else "reward"
+        change = np.abs(np.nan_to_num(columns[0][name] - columns[1][name]))
+        return int(change[:TILES].argmax())
+
+    def _keep(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise CRDError(f"cannot write to {self.files.run}: {error}; free space and use --resume") from error

@@ -1,0 +1,144 @@
+"""`crd eval` with held-out scorers, and `crd compare` of models, runs and files."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROMPTS
+from test_cli import refused
+
+from crd.cli import main
+from crd.comparison import differences, read_evaluations
+from crd.config import CRDConfig
+from crd.trainer import CRDTrainer
+
+REWARD = ["--reward", "reward_functions:brightness"]
+
+
+@pytest.fixture(autouse=True)
+def _restore_globals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+
+@pytest.fixture(scope="module")
+def scores(prompt_file: Path) -> list[str]:
+    """Arguments of a small evaluation."""
+    return [*REWARD, "--prompts", str(prompt_file), "--steps", "2", "--images", "2"]
+
+
+def evaluated(target: str | Path, arguments: list[str], out: Path) -> Path:
+    assert main(["eval", str(target), *arguments, "--out", str(out)]) == 0
+    return out
+
+
+def compared(arguments: list[str], out: Path) -> list[dict[str, Any]]:
+    assert main(["compare", *arguments, "--out", str(out)]) == 0
+    found: list[dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+def test_eval_with_held_out_scorers(
+    finished_run: Path, scores: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = ["--held-out", "reward_functions:darkness", "--held-out", "reward_functions:bright_but_for_cats"]
+    first = evaluated(finished_run, [*scores, *held_out], tmp_path / "first.json")
+    printed = capsys.readouterr().out
+    names = ["reward", "reward_brightness", "held_out_darkness", "held_out_bright_but_for_cats"]
+    for name in (*names, "stat_edge_density", "diversity", "kl_to_anchor"):
+        assert name[:8] in printed  # a narrow terminal breaks names
+    base, trained = read_evaluations(first)
+    assert (base.title, trained.title) == ("base, CFG 1", f"{finished_run}, CFG 1")
+    assert list(base.record.scores) == names
+    assert (base.record.prompts, base.record.steps, len(base.record.prompt_id)) == (list(PROMPTS), 2, 6)
+    change = differences(trained.record, base.record)
+    assert change["held_out_darkness"].mean == pytest.approx(-change["reward"].mean, abs=1e-5)
+    # The same seed: the same numbers.
+    assert evaluated(finished_run, [*scores, *held_out], tmp_path / "again.json").read_text() == first.read_text()
+    other = evaluated(finished_run, [*scores, *held_out, "--seed", "9"], tmp_path / "other.json")
+    assert other.read_text() != first.read_text()
+
+
+def test_eval_refuses_scorers_that_cannot_judge(
+    model_folder: Path, scores: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["eval", str(model_folder), *scores, "--held-out"]
+    line = refused([*evaluate, "reward_functions:needs_a_column"], capsys)
+    assert "held_out needs_a_column can judge none of the evaluation prompts" in line
+    assert "reward 'raising' raised RuntimeError" in refused([*evaluate, "reward_functions:raising"], capsys)
+    assert "names no source after the =" in refused([*evaluate, "clipscore="], capsys)
+    benchmark = ["eval", str(model_folder), "--benchmark", "geneval", "--held-out", "clipscore"]
+    assert "--held-out is not for --benchmark, got clipscore" in refused(benchmark, capsys)
+
+
+def test_compare_models(
+    finished_run: Path, model_folder: Path, scores: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = ["--held-out", "reward_functions:darkness"]
+    base, run = compared([str(model_folder), str(finished_run), *scores, *held_out], tmp_path / "new" / "compare.json")
+    assert "paired difference" in capsys.readouterr().out
+    assert (base["model"], run["model"]) == (str(model_folder), str(finished_run))
+    assert base["differences"] == {}
+    for name in ("reward", "held_out_darkness", "diversity"):
+        means = [one["intervals"][name]["mean"] for one in (base, run)]
+        assert run["differences"][name]["mean"] == pytest.approx(means[1] - means[0], abs=1e-9)
+    assert run["differences"]["reward"]["low"] < run["differences"]["reward"]["high"]
+    # One model at two scales is two evaluations.
+    scales = compared([str(model_folder), *scores, "--guidance", "1", "--guidance", "4.5"], tmp_path / "scales.json")
+    assert [one["guidance"] for one in scales] == [1.0, 4.5]
+    assert scales[0]["evaluation"]["scores"] == {
+        name: values for name, values in base["evaluation"]["scores"].items() if name != "held_out_darkness"
+    }
+
+
+def test_compare_files(finished_run: Path, model_folder: Path, scores: list[str], tmp_path: Path) -> None:
+    """What was evaluated before is not evaluated again, and counts the same."""
+    file = evaluated(finished_run, scores, tmp_path / "eval.json")
+    base, run = compared([str(file)], tmp_path / "file.json")
+    again = compared([str(file), str(finished_run), *scores], tmp_path / "mixed.json")
+    assert [one["model"] for one in again] == ["base", str(finished_run), str(finished_run)]
+    assert again[1]["differences"] == again[2]["differences"] == run["differences"]
+    # A file that `crd compare` wrote is as good.
+    assert compared([str(tmp_path / "file.json")], tmp_path / "copy.json") == [base, run]
+
+
+def test_compare_runs_of_other_seeds_on_the_noise_of_the_first(
+    finished_run: Path, config: CRDConfig, scores: list[str], tmp_path: Path
+) -> None:
+    CRDTrainer(args=replace(config, seed=5, updates=1)).train()
+    found = compared([str(finished_run), config.output_dir, *scores], tmp_path / "a.json")
+    assert [one["evaluation"]["seed"] for one in found] == [0, 0]
+    found = compared([config.output_dir, str(finished_run), *scores], tmp_path / "b.json")
+    assert [one["evaluation"]["seed"] for one in found] == [5, 5]
+
+
+def test_compare_refuses(
+    model_folder: Path, finished_run: Path, scores: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = evaluated(model_folder, scores, tmp_path / "eval.json")
+    (tmp_path / "prompts.txt").write_text("one prompt\n")
+    few = [*scores, "--prompts", str(tmp_path / "prompts.txt")]
+    other = evaluated(model_folder, few, tmp_path / "other.json")
+    seeded = evaluated(model_folder, [*scores, "--seed", "1"], tmp_path / "seeded.json")
+    broken, empty = tmp_path / "broken.json", tmp_path / "empty.json"
+    broken.write_text(file.read_text()[:-20])
+    empty.write_text("[]")
+    for arguments, message in (
+        ([file, other], "no pairs can be formed; use the same --prompts, --images and --seed"),
+        ([file, seeded], "no pairs can be formed"),
+        ([file, finished_run, *few], "no pairs can be formed"),
+        ([file, finished_run, *scores, "--images", "1"], "no pairs can be formed"),
+        ([file, finished_run, *scores, "--seed", "3"], "no pairs can be formed"),
+        ([file], "nothing to compare: got one evaluation, base, CFG 1; name a second model"),
+        ([model_folder, *scores], f"got one evaluation, {model_folder}, CFG 1"),
+        ([broken, file], "broken.json holds no evaluations of `crd eval --out`: JSONDecodeError"),
+        ([file, empty], "empty.json holds an empty list of evaluations"),
+        ([tmp_path / "nowhere.json", file], "nowhere.json holds no evaluations"),
+        ([file, tmp_path / "nowhere"], "no model at"),
+        ([], "the following arguments are required: target"),
+    ):
+        assert message in refused(["compare", *(str(argument) for argument in arguments)], capsys)

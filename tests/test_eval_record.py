@@ -1,0 +1,129 @@
+"""Evaluations in memory and as JSON: the way there and back, and files that are no such thing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from eval_records import record
+
+from crd.errors import CRDError
+from crd.eval_record import EvalRecord, parse_record, read_record, rounded
+
+NAN = math.nan
+
+
+@pytest.fixture
+def example() -> EvalRecord:
+    """Two prompts of two images, with every kind of gap."""
+    one = record(
+        {"reward": [0.25, 0.5], "held_out_clip": [NAN, 0.3], "held_out_none": [NAN, NAN]},
+        statistics={"brightness": np.array([0.125, 1 / 3])},
+        diversity=np.array([0.2, NAN]),
+        drift={"kl_to_anchor": 0.1, "velocity_norm": NAN},
+    )
+    return replace(one, role="anchor", guidance=4.5, steps=7, seed=3, prompts=['a "cat"', "Ä → 日本\u2028x"])
+
+
+def assert_equal(got: EvalRecord, wanted: EvalRecord) -> None:
+    facts = ("role", "guidance", "steps", "seed", "prompts")
+    assert [getattr(got, name) for name in facts] == [getattr(wanted, name) for name in facts]
+    assert got.prompt_id.dtype == np.int64
+    for mine, theirs in ((got.scores, wanted.scores), (got.statistics, wanted.statistics)):
+        assert list(mine) == list(theirs)
+        for name, values in theirs.items():
+            np.testing.assert_array_equal(mine[name], values)
+    np.testing.assert_array_equal(got.prompt_id, wanted.prompt_id)
+    np.testing.assert_array_equal(got.diversity, wanted.diversity)
+    assert list(got.drift) == list(wanted.drift)
+    np.testing.assert_array_equal(list(got.drift.values()), list(wanted.drift.values()))
+
+
+def test_json_and_back_is_exact(example: EvalRecord, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    text = json.dumps(example.to_dict(), allow_nan=False)  # NaN is no JSON: gaps are null
+    assert '"held_out_clip": [null, null, 0.3, 0.31]' in text
+    path.write_text(text)
+    assert_equal(read_record(path), example)
+
+
+def test_further_keys_do_no_harm(example: EvalRecord) -> None:
+    assert_equal(parse_record({**example.to_dict(), "update": 12, "pictures": {"file": "x.webp"}}), example)
+
+
+def test_columns_and_means_leave_gaps_out(example: EvalRecord) -> None:
+    columns = example.columns()
+    assert list(columns) == ["reward", "held_out_clip", "held_out_none", "stat_brightness", "diversity"]
+    assert [len(values) == len(prompts) for values, prompts in columns.values()] == [True] * 5
+    means = example.metrics()
+    assert "held_out_none" not in means
+    assert means["held_out_clip"] == pytest.approx(0.305)
+    assert means["reward"] == pytest.approx(0.38)
+    assert means["diversity"] == 0.2
+    assert means["kl_to_anchor"] == 0.1
+
+
+def test_same_images(example: EvalRecord) -> None:
+    other_model = replace(example, role="policy", guidance=1.0, steps=40, scores={"reward": example.scores["reward"]})
+    assert example.same_images(other_model)
+    assert not example.same_images(replace(example, seed=4))
+    assert not example.same_images(replace(example, prompts=example.prompts[::-1]))
+    assert not example.same_images(replace(example, prompt_id=np.array([0, 1, 0, 1])))
+    assert not example.same_images(replace(example, prompt_id=np.array([0, 1])))
+
+
+def test_six_digits() -> None:
+    got = rounded(np.array([1 / 3, 123456789.0, -1e-12 / 3, 0.0, NAN]))
+    np.testing.assert_array_equal(got, [0.333333, 123457000.0, -3.33333e-13, 0.0, NAN])
+    np.testing.assert_array_equal(rounded(got), got)
+
+
+def edit(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda content: content.pop("seed"), "KeyError 'seed'"),
+        (lambda content: content.pop("model"), "KeyError 'model'"),
+        (edit(guidance=None), "TypeError"),
+        (edit(steps="many"), "ValueError"),
+        (edit(scores=[1.0]), "AttributeError"),
+        (edit(scores={"reward": [1.0]}), "4 images but 1 values of reward"),
+        (edit(scores={"reward": ["good"] * 4}), "ValueError"),
+        (edit(statistics={"brightness": [1.0] * 5}), "4 images but 5 values of brightness"),
+        (edit(diversity=[0.1]), "2 prompts but 1 values of diversity"),
+        (edit(prompt_index=[0, 0, 1, 2]), "prompt_index must lie below 2"),
+        (edit(prompt_index=[0, 0, -1, 1]), "prompt_index must lie below 2"),
+        (edit(prompt_index=[[0], [1]]), "evaluation"),
+        (edit(prompts=None), "TypeError"),
+    ],
+)
+def test_damaged_records_are_one_error(
+    example: EvalRecord, tmp_path: Path, damage: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    content = example.to_dict()
+    damage(content)
+    path = tmp_path / "update-000001.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(CRDError, match="restore or remove it") as caught:
+        read_record(path)
+    assert str(caught.value).startswith(f"cannot read the evaluation {path}: ")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"role": "pol', b"[]", b"null", b"\xff\xfe", b"7"])
+def test_files_that_are_no_records(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "update-000001.json"
+    path.write_bytes(content)
+    with pytest.raises(CRDError, match="cannot read the evaluation"):
+        read_record(path)
+    with pytest.raises(CRDError, match="cannot read the evaluation"):
+        read_record(tmp_path / "nowhere.json")
