@@ -133,10 +133,19 @@ def statistic_leaves_range(case: Case) -> Iterator[Event]:
         spread = max(float(np.std(base)) for base in bases)
         low, high = min(map(_mean, bases)), max(map(_mean, bases))
         beyond = max(low - _mean(values), _mean(values) - high)
-        if spread > 0 and beyond > RANGE_NOTE * spread:
+        if spread > 0 and beyond > RANGE_NOTE * spread and _told_apart(case, name):
             yield _event(case, WARN if beyond > RANGE_WARN * spread else NOTE, "statistic_leaves_range",
                          f"{name} is {_mean(values):.3f}, the base model's {low:.3f} to {high:.3f}", name,
                          value=_mean(values), low=low, high=high, deviations=beyond / spread)  # fmt: skip
+
+
+def _told_apart(case: Case, name: str) -> bool:
+    """Whether a statistic differs from that of both bases beyond its noise."""
+    changes = [
+        paired_difference(case.now.statistics[name], record.statistics[name], case.now.prompt_id, level=LEVEL)
+        for record in (case.base, case.guided)
+    ]
+    return all(map(_above, changes)) or all(map(_below, changes))
 
 
 def velocities_drift(case: Case) -> Iterator[Event]:

@@ -1,4 +1,4 @@
-"""The command line: `crd train | sample | eval | compare | export`. Bad input: one line, exit status 2."""
+"""The command line: `crd train | sample | eval | compare | report | export`. Bad input: one line, exit status 2."""
 
 from __future__ import annotations
 

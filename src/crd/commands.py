@@ -118,6 +118,9 @@ def compare(args: argparse.Namespace) -> None:
     # Pairs need one noise, number of steps and precision: unless told otherwise those of the first run, or .json.
     shared = next((config for config in map(run_config, args.targets) if config is not None), None)
     engine = _engine(args, shared)
+    if args.checkpoint != "last" and shared is None:
+        raise CRDError(f"--checkpoint {args.checkpoint} is for runs, got none; leave it out")
+    _refuse_for_files(args)
     for target in args.targets:
         if target.endswith(".json"):
             lines += read_evaluations(Path(target))
@@ -127,7 +130,9 @@ def compare(args: argparse.Namespace) -> None:
             seed, steps = lines[0].record.seed if seed is None else seed, steps or lines[0].record.steps
         elif shared is not None:
             seed, steps = shared.seed if seed is None else seed, steps or shared.eval_steps
-        one = argparse.Namespace(**{**vars(args), "target": target, "seed": seed, "steps": steps})
+        checkpoint = args.checkpoint if is_run(Path(target)) else "last"
+        given = {"target": target, "seed": seed, "steps": steps, "checkpoint": checkpoint}
+        one = argparse.Namespace(**{**vars(args), **given})
         model, evaluator = _evaluator(one, engine)
         if lines and not evaluator.draws(lines[0].record):
             raise CRDError(NO_PAIRS)  # before the time is spent on images
@@ -140,6 +145,16 @@ def compare(args: argparse.Namespace) -> None:
         found = [{**to_dict(first), "differences": {}}]
         found += [{**to_dict(line), "differences": as_dict(differences(line.record, first.record))} for line in others]
         _write(Path(args.out), lambda path: path.write_text(json.dumps(found) + "\n", encoding="utf-8"))
+
+
+def _refuse_for_files(args: argparse.Namespace) -> None:
+    """Options of an evaluation that do nothing where every target was evaluated before."""
+    if not all(target.endswith(".json") for target in args.targets):
+        return
+    for name in ("prompts", "reward", "held_out", "images", "seed", "steps", "guidance", "height", "width"):
+        if args.__dict__[name]:
+            option = name.replace("_", "-")
+            raise CRDError(f"--{option} is for models to evaluate, got .json files alone; leave it out")
 
 
 def _evaluate_rewards(args: argparse.Namespace) -> list[Line]:

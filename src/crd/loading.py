@@ -156,7 +156,10 @@ def checkpoint_number(checkpoints: CheckpointFolder, wanted: str) -> int:
     if wanted == "best":
         best = checkpoints.best()
         if best is None:
-            raise CRDError(f"{checkpoints.folder} records no best checkpoint (no evaluation yet); use last")
+            raise CRDError(
+                f"{checkpoints.folder} records no best checkpoint (no evaluation yet, or a held-out score "
+                "fell in each); use last"
+            )
         return best[0]
     number = wanted.removeprefix(PREFIX)
     if not number.isdigit() or int(number) not in updates:

@@ -154,8 +154,10 @@ class RunFolder:
         best = max(base, key=lambda scale: base[scale]["reward"]) if base else None
         # A total of one reward is that reward.
         for name in names if len(names) > 2 else names[:1]:
+            if name not in held_out[-1]:  # it applied to none of the last images
+                continue
             summary |= {f"{name}_before": held_out[0][name], f"{name}_after": held_out[-1][name]}
-            if best is not None:
+            if best is not None and name in base[best]:
                 summary |= {f"{name}_base_cfg": base[best][name], "base_cfg_scale": best}
         summary |= {
             "steps": progress.optimizer_steps,

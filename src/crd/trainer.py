@@ -307,7 +307,11 @@ class CRDTrainer:
         final = done == config.updates
         verdict: Verdict | None = None
         if final or (config.eval_every and done % config.eval_every == 0):
-            verdict = self._log_evaluation(tracker)
+            try:
+                verdict = self._log_evaluation(tracker)
+            except CRDError:
+                self._save()  # a judge that is down must not cost the updates
+                raise
         known, best = self.checkpoints.best(), False
         if verdict is not None:
             best = verdict.eligible and (known is None or verdict.result.mean > known[1])
