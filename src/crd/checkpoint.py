@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from crd.atomic import replace_file
 from crd.errors import CRDError
 
 PREFIX = "update-"
@@ -112,11 +113,10 @@ class CheckpointFolder:
         Raises:
             CRDError: it cannot be written.
         """
-        temporary = self.folder / f".{BEST}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(temporary, {"update": update, "reward": reward})
-            os.replace(temporary, self.folder / BEST)
+            best = {"update": update, "reward": reward}
+            replace_file(self.folder / BEST, lambda path: _write_json(path, best))
         except OSError as error:
             raise CRDError(f"cannot write {self.folder / BEST}: {error}; free space and use --resume") from error
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from crd.alarm import Evaluated, Event
+from crd.atomic import replace_file
 from crd.errors import CRDError
 from crd.eval_record import EvalRecord, read_record
 from crd.evaluation import EvalResult
@@ -75,7 +74,7 @@ class EvaluationFiles:
         if events.is_file():
             lines = events.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = "".join(line for line in lines if _is_event_until(update, line))
-            _atomically(events, lambda path: path.write_text(kept, encoding="utf-8"))
+            replace_file(events, lambda path: path.write_text(kept, encoding="utf-8"))
 
     def save_event(self, event: Event, action: str, before: Image.Image, after: Image.Image) -> None:
         """Keep an event, what was done about it, and two pictures from the same prompt and noise; raises OSError."""
@@ -101,10 +100,10 @@ class EvaluationFiles:
         shown = result.images[:TILES]
         side = min(TILE, max(shown[0].size))
         sheet = _sheet(shown, side)
-        _atomically(self.folder / f"{name}.webp", lambda path: sheet.save(path, "WEBP", quality=90))
+        replace_file(self.folder / f"{name}.webp", lambda path: sheet.save(path, "WEBP", quality=90))
         pictures = {"file": f"{name}.webp", "indices": list(range(len(shown))), "tile": side, "columns": COLUMNS}
         text = json.dumps({"update": update, **result.record.to_dict(), "pictures": pictures}) + "\n"
-        _atomically(self.folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+        replace_file(self.folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _update(path: Path) -> int:
@@ -136,9 +135,3 @@ def _sheet(images: list[Image.Image], side: int) -> Image.Image:
             tile = ImageOps.contain(tile, (side, side))
         sheet.paste(tile, (place % COLUMNS * side, place // COLUMNS * side))
     return sheet
-
-
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from crd.atomic import replace_file
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import load_config
 from crd.console import console
@@ -186,9 +186,7 @@ class RunFolder:
         self._write(name, json.dumps(content, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def environment() -> dict[str, Any]:

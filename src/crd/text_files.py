@@ -46,6 +46,18 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         raise CRDError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
+def read_settings(path: Path, kind: str, missing: str) -> dict[str, Any]:
+    """The `key: value` lines of a YAML file; arguments as `read_text`.
+
+    Raises:
+        CRDError: as `read_text`, or it holds something else.
+    """
+    values = parse_yaml(read_text(path, kind, missing), path)
+    if not isinstance(values, dict):
+        raise CRDError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    return values
+
+
 def known_fields(values: Mapping[Any, Any], kind: type, what: str) -> dict[str, Any]:
     """The values, all of whose keys are fields of the dataclass `kind`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from crd.atomic import replace_file
 from crd.console import console
 from crd.errors import CRDError
 
@@ -118,10 +118,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _drop_later(path: Path, update: int) -> None:
     if not path.exists():
         return
-    kept = [json.dumps(record) + "\n" for record in _records(path) if record["update"] <= update]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    kept = "".join(json.dumps(record) + "\n" for record in _records(path) if record["update"] <= update)
+    replace_file(path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
 
 
 def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:

@@ -32,7 +32,7 @@ from crd.records import RewardOutput, Rollout
 from crd.rewards import RewardFunction, RewardSet
 from crd.run_folder import RunFolder, recorded_config
 from crd.seeds import generator
-from crd.snapshots import ANCHOR, OLD, POLICY, SAMPLER
+from crd.snapshots import OLD, POLICY, SAMPLER
 from crd.tracker import Tracker, print_update
 from crd.training_state import Progress, pack, restore
 from crd.watch import Verdict, Watch
@@ -143,7 +143,8 @@ class CRDTrainer:
         try:
             self._run(None if resume is False else self.progress.updates_done or BEFORE_ALL)
             # The base model at each CFG scale asked for, on the same prompts and noise.
-            base = {scale: self.evaluate(ANCHOR, scale).metrics() for scale in self.args.eval_base_guidance}
+            watch, scales = self.watch, self.args.eval_base_guidance
+            base = {} if watch is None else {scale: watch.base(scale).metrics() for scale in scales}
             return self.folder.summarise(self.progress, base)
         except CRDError:
             # Nothing was learned: a folder that only blocks the next try helps nobody.

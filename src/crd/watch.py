@@ -92,6 +92,12 @@ class Watch:
             eligible=self._eligible(result.record),
         )  # fmt: skip
 
+    def base(self, guidance: float) -> EvalRecord:
+        """The base model at a CFG scale, on the same prompts and noise; that of the anchor is not drawn again."""
+        if self._guided is not None and guidance == self._guided.guidance:
+            return self._guided
+        return self.evaluator(ANCHOR, guidance).record
+
     def eligible(self) -> dict[int, float]:
         """Update -> mean reward, of the evaluations after training that may be the best of the run."""
         return {

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from crd.errors import CRDError, told_of
-from crd.text_files import known_fields, parse_yaml, read_text
+from crd.text_files import known_fields, read_settings
 
 BASE_URL_ENV = "CRD_VLM_BASE_URL"
 MODEL_ENV = "CRD_VLM_MODEL"
@@ -97,9 +97,7 @@ def vlm_config(source: str | None) -> VLMJudgeConfig:
         return VLMJudgeConfig(base_url=_from_environment(BASE_URL_ENV), model=_from_environment(MODEL_ENV))
     path = Path(source)
     missing = f"no VLM judge settings at {path}; give a .yaml file with base_url and model"
-    values = parse_yaml(read_text(path, "VLM judge settings", missing), path)
-    if not isinstance(values, Mapping):
-        raise CRDError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    values = read_settings(path, "VLM judge settings", missing)
     with told_of(str(path)):
         return _from_fields(values)
 

@@ -16,7 +16,7 @@ from crd.geneval.detections import PUBLISHED, Thresholds
 from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, ColorClassifier, Detector
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.detectors.scope import JudgeScope
-from crd.text_files import known_fields, parse_yaml, read_text
+from crd.text_files import known_fields, read_settings
 
 if TYPE_CHECKING:
     from crd.geneval.judge import GenEvalJudge
@@ -102,10 +102,8 @@ def load_judge(config: str | Mapping[str, Any] | JudgeConfig = "mask2former", de
 
 
 def _from_file(path: Path) -> JudgeConfig:
-    text = read_text(path, "judge", f"no judge settings at {path}; give a .yaml file or one of {', '.join(DETECTORS)}")
-    values = parse_yaml(text, path)
-    if not isinstance(values, Mapping):
-        raise CRDError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    missing = f"no judge settings at {path}; give a .yaml file or one of {', '.join(DETECTORS)}"
+    values = read_settings(path, "judge", missing)
     with told_of(str(path)):
         return judge_settings(values)
 
