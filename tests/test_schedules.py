@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from crd.errors import CRDError
-from crd.schedules import RampDecay
+from crd.schedules import LearningRate, RampDecay
 
 
 def test_published_old_schedule() -> None:
@@ -46,3 +46,19 @@ def test_values_out_of_range_are_told(start: float, slope: float, start_step: in
 def test_a_negative_step_is_told() -> None:
     with pytest.raises(ValueError, match="at least 0"):
         RampDecay(0.0, 0.1, 0, 0.9).decay(-1)
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    schedule = LearningRate(peak=0.8, warmup_steps=3, cooldown_updates=4, updates=10)
+    assert [schedule.rate(step, 0) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert [schedule.rate(100, update) for update in range(5, 10)] == pytest.approx([0.8, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_learning_rate_without_ramps_is_constant() -> None:
+    schedule = LearningRate(peak=0.8, warmup_steps=0, cooldown_updates=0, updates=10)
+    assert {schedule.rate(step, update) for step in (0, 7) for update in (0, 9)} == {0.8}
+
+
+def test_a_fall_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(CRDError, match=r"cooldown_updates must lie in 0\.\.updates=10, got 11"):
+        LearningRate(0.8, 0, 11, 10)

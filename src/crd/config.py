@@ -15,7 +15,7 @@ from crd.errors import CRDError
 from crd.flow import TIMESTEP_MODES
 from crd.objectives import objective_class
 from crd.objectives.crd import CRDObjectiveConfig
-from crd.schedules import RampDecay
+from crd.schedules import LearningRate, RampDecay
 
 MIXED_PRECISION = ("auto", "no", "bf16")
 BASE_DTYPES = ("float32", "bfloat16")
@@ -99,6 +99,7 @@ class CRDConfig:
     lora_targets: tuple[str, ...] | None = None  # None = the backbone's attention projections
     learning_rate: float = 3e-4
     warmup_steps: int = 0
+    cooldown_updates: int = 0  # the last ones, over which the rate falls to 0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 1e-4
@@ -146,7 +147,7 @@ class CRDConfig:
                     "rollout_batch", "eval_steps", "eval_images", "keep_checkpoints")  # fmt: skip
         for name in positive:
             _check_above(name, self._value(name), 0)
-        for name in ("warmup_steps", "weight_decay", "eval_every", "save_every"):
+        for name in ("warmup_steps", "cooldown_updates", "weight_decay", "eval_every", "save_every"):
             _check_above(name, self._value(name), 0, inclusive=True)
         for name in ("learning_rate", "lora_alpha", "weight_decay", "rollout_guidance", "anchor_guidance"):
             _check_finite(name, self._value(name))
@@ -175,6 +176,7 @@ class CRDConfig:
             raise CRDError("residual=leave_one_out needs draws of 2 or more, got 1; raise draws")
         # Built here so that a bad value is refused before any model is loaded.
         self.objective_config()
+        self.rate_schedule()
         self.old_schedule()
         self.sampler_schedule()
 
@@ -195,6 +197,10 @@ class CRDConfig:
             kl_min=self.kl_min,
             kl_max=self.kl_max,
         )
+
+    def rate_schedule(self) -> LearningRate:
+        """Learning rate over optimizer steps and updates."""
+        return LearningRate(self.learning_rate, self.warmup_steps, self.cooldown_updates, self.updates)
 
     def old_schedule(self) -> RampDecay:
         """Decay of the `old` snapshot over optimizer steps."""

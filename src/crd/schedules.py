@@ -1,4 +1,4 @@
-"""How slowly a snapshot follows the policy."""
+"""Numbers that change while a run goes on: how slowly a snapshot follows the policy, how fast the policy learns."""
 
 from __future__ import annotations
 
@@ -48,3 +48,40 @@ class RampDecay:
         if n <= self.start_step:
             return self.start
         return min(self.start + (n - self.start_step) * self.slope, self.end)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Learning rate that rises linearly over the first steps and falls linearly over the last updates.
+
+        rate(n, u) = peak min(1, (n + 1) / (warmup_steps + 1)) min(1, (updates - u) / cooldown_updates)
+
+    The fall averages out the noise of the last gradients.
+
+    Args:
+        peak: the rate in between.
+        warmup_steps: optimizer steps of the rise, at least 0.
+        cooldown_updates: updates of the fall, in 0..updates; 0 = none.
+        updates: of the whole run.
+
+    Raises:
+        CRDError: the fall is longer than the run.
+    """
+
+    peak: float
+    warmup_steps: int
+    cooldown_updates: int
+    updates: int
+
+    def __post_init__(self) -> None:
+        if self.cooldown_updates > self.updates:
+            raise CRDError(
+                f"cooldown_updates must lie in 0..updates={self.updates}, got {self.cooldown_updates}; lower it"
+            )
+
+    def rate(self, steps_done: int, updates_done: int) -> float:
+        """Rate of the next optimizer step, after `steps_done` of them and `updates_done` < updates updates."""
+        rise = min(1.0, (steps_done + 1) / (self.warmup_steps + 1))
+        if self.cooldown_updates == 0:
+            return self.peak * rise
+        return self.peak * rise * min(1.0, (self.updates - updates_done) / self.cooldown_updates)

@@ -269,9 +269,8 @@ class CRDTrainer:
             rows = build_rows(rewards, advantages, gate, group_id, images, draws.count)
             name = (config.seed, "train", number, step)
             velocities = self.velocities(rollout, rows, draw_times(draws, self.sigmas, rows, *name), *name)
-            warm = min(1.0, (self.progress.optimizer_steps + 1) / (config.warmup_steps + 1))
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * warm
+                group["lr"] = config.rate_schedule().rate(self.progress.optimizer_steps, number)
             found = self.engine.backward(self.objective, velocities, rows.to(self.engine.device), config.micro_batch)
             norm = self.engine.step(self.optimizer, self.snapshots.parameters(), config.max_grad_norm)
             self.progress.optimizer_steps += 1
