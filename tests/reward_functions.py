@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 
 import numpy as np
 from PIL import Image
@@ -53,3 +54,14 @@ def killed(images: list[Image.Image], prompts: list[str]) -> list[float]:
     if _calls == int(os.environ["DIE_AT_CALL"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return brightness(images, prompts)
+
+
+def color_code(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """Tells images of one color apart."""
+    colors = [image.getpixel((0, 0)) for image in images]
+    return [65536.0 * red + 256.0 * green + blue for red, green, blue in colors]  # type: ignore[misc]
+
+
+def slow_color_code(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    time.sleep(0.3)
+    return color_code(images, prompts)

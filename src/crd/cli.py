@@ -1,4 +1,7 @@
-"""The command line: `crd train | sample | eval | compare | report | export`. Bad input: one line, exit status 2."""
+"""The command line: `crd train | sample | eval | compare | report | export | serve-reward`.
+
+Bad input: one line, exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and args.command != "train":
             raise CRDError(f"unknown argument {rest[0]!r} of crd {args.command}; see crd {args.command} --help")
         _quiet_libraries(debug)
-        # Imported here: --help and a typing error need no torch.
+        # Imported here: --help and a typing error need no torch, and a reward server no diffusion models.
+        if args.command == "serve-reward":
+            from crd.serving.server import serve_reward
+
+            serve_reward(args)
+            return 0
         from crd import commands
 
         if args.command == "train":
@@ -64,6 +72,19 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of 1 or more, got {text!r}")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    kind, colon, number = text.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (colon and not (kind == "cuda" and number.isdigit())):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,7 +153,27 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, help="folder to create")
     export.add_argument("--merge", action="store_true", help="whole pipeline with the weights merged")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    _add_serving(
+        commands.add_parser(
+            "serve-reward", parents=[shared], allow_abbrev=False, help="answer for rewards over HTTP; for remote=..."
+        )
+    )
     return parser
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rewards", nargs="+", metavar="REWARD", help="as in `rewards` of a configuration")
+    parser.add_argument("--host", default="127.0.0.1", help="another than this machine's loopback needs a token")
+    parser.add_argument("--port", type=_port, default=8000)
+    parser.add_argument("--token-file", metavar="FILE", help="holds the token (default: what CRD_REWARD_TOKEN holds)")
+    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
+    for option, value, about in (
+        ("--max-images", 64, "images of a request"),
+        ("--max-body", 64, "MB (1000000 bytes) of a request"),
+        ("--max-pixels", 2**24, "pixels of all images of a request together"),
+        ("--max-queue", 16, "requests inside at a time; one more is told to come back"),
+    ):
+        parser.add_argument(option, type=_positive, default=value, help=f"most {about} (default {value})")
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

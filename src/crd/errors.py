@@ -13,6 +13,10 @@ class CRDError(Exception):
     """
 
 
+class ServiceError(CRDError):
+    """A service that was asked is out of reach or broken, which says nothing about what it was asked."""
+
+
 @contextmanager
 def told_of(where: str) -> Iterator[None]:
     """What is wrong inside is told with its place in front: `where: message`."""

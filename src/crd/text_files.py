@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,27 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise CRDError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def strict_json(text: str | bytes) -> Any:
+    """What a JSON text holds, without the NaN and infinity that Python takes for numbers, and no key twice.
+
+    Raises:
+        ValueError: it is not that.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is repeated")
+    return found
 
 
 def read_settings(path: Path, kind: str, missing: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from crd.data import PromptDataset
-from crd.errors import CRDError
+from crd.errors import CRDError, ServiceError
 from crd.rewards import RewardFunction, RewardSet
 from crd.rewards.asked import own_columns
 
@@ -32,10 +32,10 @@ class HeldOutScores:
         if scorers and dataset is None:
             raise CRDError("held_out scorers need evaluation prompts, got none; set eval_prompts, or leave them out")
         self.dataset = dataset or PromptDataset((), {})
-        self.scorers = RewardSet(scorers) if scorers else None
+        self.scorers = RewardSet(scorers, gaps=True) if scorers else None
         self._judged = {}
         for reward in () if self.scorers is None else self.scorers.rewards:
-            alone = RewardSet(reward.function)
+            alone = RewardSet(reward.function, gaps=True)
             self._judged[reward.name] = alone, _judged(reward.name, alone, self.dataset)
 
     @property
@@ -96,6 +96,8 @@ def _judged(name: str, scorer: RewardSet, dataset: PromptDataset) -> Tensor:
     for index, prompt in enumerate(dataset.prompts):
         try:
             scorer.check_prompts([prompt], own_columns(dataset.columns, [index]))
+        except ServiceError:  # says nothing about the prompt
+            raise
         except CRDError as error:
             first = first or error
         else:

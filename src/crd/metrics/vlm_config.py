@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from crd.errors import CRDError, told_of
+from crd.setting_checks import check_count, check_number, check_secret, check_text, http_url
 from crd.text_files import known_fields, read_settings
 
 BASE_URL_ENV = "CRD_VLM_BASE_URL"
 MODEL_ENV = "CRD_VLM_MODEL"
 FAILURE_MODES = ("error", "gap")
+OF = "the VLM judge"  # whose settings these are
 LARGEST_SEED = 2**31 - 1  # what every server takes
 
 
@@ -43,21 +43,20 @@ class VLMJudgeConfig:
 
     def __post_init__(self) -> None:
         for name in ("base_url", "model"):
-            _check_text(name, self.__dict__[name])
+            check_text(name, self.__dict__[name], OF)
         for name in ("api_key_env", "rubric"):
             if self.__dict__[name] is not None:
-                _check_text(name, self.__dict__[name])
-        _check_url(self.base_url)
-        _check_number("timeout_s", self.timeout_s, positive=True)
-        _check_number("temperature", self.temperature, positive=False)
-        _check_count("max_retries", self.max_retries, 0)
-        _check_count("concurrency", self.concurrency, 1)
-        _check_count("max_tokens", self.max_tokens, 1)
-        _check_count("seed", self.seed, 0)
+                check_text(name, self.__dict__[name], OF)
+        if http_url(self.base_url) is None:
+            raise CRDError(f"base_url must be of the form http://host:port/v1, got {self.base_url!r}")
+        check_number("timeout_s", self.timeout_s, OF, positive=True)
+        check_number("temperature", self.temperature, OF, positive=False)
+        for name, least in (("max_retries", 0), ("concurrency", 1), ("max_tokens", 1), ("seed", 0)):
+            check_count(name, self.__dict__[name], OF, least)
         if self.seed + self.max_retries > LARGEST_SEED:
             raise CRDError(f"seed + max_retries must be at most {LARGEST_SEED}, got {self.seed} + {self.max_retries}")
         if self.image_size is not None:
-            _check_count("image_size", self.image_size, 1)
+            check_count("image_size", self.image_size, OF, 1)
         if self.on_failure not in FAILURE_MODES:
             raise CRDError(f"on_failure must be one of {', '.join(FAILURE_MODES)}, got {self.on_failure!r}")
 
@@ -75,10 +74,7 @@ class VLMJudgeConfig:
                 f"the VLM judge reads its key from {self.api_key_env}, which is not set; set it "
                 "(to any word if the server needs no key, or write `api_key_env: null` in its .yaml file)"
             )
-        # The key itself is never shown: messages end up in logs.
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise CRDError(f"{self.api_key_env} holds characters that no key has, such as a space or a line end; "
-                           "set it to the key alone")  # fmt: skip
+        check_secret(key, self.api_key_env)
         return key
 
 
@@ -116,30 +112,3 @@ def _from_environment(variable: str) -> str:
         raise CRDError(f"the VLM judge needs {BASE_URL_ENV} and {MODEL_ENV}, and {variable} is not set; "
                        "set it, or give a .yaml file")  # fmt: skip
     return value
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise CRDError(f"{name} of the VLM judge must be text, got {value!r}")
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or unbalanced brackets
-        valid = False
-    if not valid or any(letter.isspace() for letter in url):
-        raise CRDError(f"base_url must be of the form http://host:port/v1, got {url!r}")
-
-
-def _check_number(name: str, value: object, positive: bool) -> None:
-    is_number = not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf
-    if not is_number or (positive and value == 0):
-        wanted = "a positive number" if positive else "a number of at least 0"
-        raise CRDError(f"{name} of the VLM judge must be {wanted}, got {value!r}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise CRDError(f"{name} of the VLM judge must be a whole number of at least {least}, got {value!r}")

@@ -98,6 +98,11 @@ class VLMJudge:
         self.gaps += len(missing)
         return [None if isinstance(result, NoScoreError) else result for result in results]
 
+    @property
+    def leaves_gaps(self) -> bool:
+        """Whether an image without a score is None rather than an error."""
+        return self.config.on_failure == "gap"
+
     def self_test(self) -> list[float]:
         """Refuse a judge that is out of reach, or does not tell a fitting prompt from another.
 

@@ -6,11 +6,11 @@ import json
 import re
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crd.errors import CRDError
 from crd.rewards.signature import quote
-from crd.text_files import read_text
+from crd.text_files import read_text, strict_json
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
@@ -121,7 +121,7 @@ def parse_answer(text: str) -> dict[str, float]:
     """
     fenced = _FENCED.fullmatch(text.strip())
     try:
-        ratings = json.loads(fenced[1] if fenced else text, object_pairs_hook=_without_repeats)
+        ratings = strict_json(fenced[1] if fenced else text)
     except (ValueError, RecursionError) as error:
         raise _unreadable(text, "is not one JSON object") from error
     if not isinstance(ratings, dict) or set(ratings) != set(ASPECTS):
@@ -136,13 +136,6 @@ def parse_answer(text: str) -> dict[str, float]:
 def score(ratings: dict[str, float]) -> float:
     """`(alignment + coherence + style) / 3`, in [1, 5]."""
     return fmean(ratings[aspect] for aspect in ASPECTS)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is repeated")
-    return found
 
 
 def _unreadable(text: str, what: str) -> UnusableAnswerError:

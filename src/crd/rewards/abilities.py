@@ -34,3 +34,13 @@ class Ranged(Protocol):
 @runtime_checkable
 class Judging(Protocol):
     judge_name: str
+
+
+@runtime_checkable
+class Named(Protocol):
+    reward_name: str
+
+
+@runtime_checkable
+class GapLeaving(Protocol):
+    leaves_gaps: bool

@@ -8,6 +8,8 @@ its signature names (all of them if it takes `**columns`). It returns B numbers,
 - `check_prompts(prompts)`: called when prompts are loaded; raises `CRDError` for one it cannot score;
 - `check_columns(prompts, columns)`: the same with the dataset columns it takes;
 - `judge_name`: what it judges by; two rewards of one judge are no independent judges of each other;
+- `reward_name`: under which its scores are logged, where the name of its class does not tell;
+- `leaves_gaps`: if true, None may also stand for a score that failed. That is no basis for training;
 - `use_device(device)`: called once the run's device is known, before `self_test`: "cpu", "cuda", "cuda:1";
 - `self_test()`: called before step 0; raises `CRDError` if the scorer is broken; may return sample scores,
   which must then differ.
@@ -29,7 +31,15 @@ from torch import Tensor
 
 from crd.errors import CRDError
 from crd.records import ASKED, RewardOutput
-from crd.rewards.abilities import ColumnChecking, DeviceUsing, Judging, PromptChecking, Ranged, SelfTesting
+from crd.rewards.abilities import (
+    ColumnChecking,
+    DeviceUsing,
+    GapLeaving,
+    Judging,
+    PromptChecking,
+    Ranged,
+    SelfTesting,
+)
 from crd.rewards.asked import own_columns, rows_asked
 from crd.rewards.registry import resolve, reward_name
 from crd.rewards.signature import ColumnUse, column_use, quote
@@ -66,16 +76,19 @@ class RewardSet:
         functions: names of bundled rewards (`"ocr"`), `"module.path:function"` strings, or callables;
                 one of them may stand alone.
         weights: one finite number per reward; None = 1 each. A weight of 0 logs a reward, no more.
+        gaps: whether a reward with a weight may answer None for scores that failed; not if it is trained on.
 
     Raises:
-        CRDError: unknown name, repeated name, wrong number of weights, all weights 0, or a callable that
-            cannot take `(images, prompts)`.
+        CRDError: unknown name, repeated name, wrong number of weights, all weights 0, a callable that cannot take
+            `(images, prompts)`, or one that leaves gaps where there may be none.
     """
 
     def __init__(
         self,
         functions: str | RewardFunction | Sequence[str | RewardFunction],
         weights: Sequence[float] | None = None,
+        *,
+        gaps: bool = False,
     ) -> None:
         if isinstance(functions, str) or callable(functions):
             functions = [functions]
@@ -87,7 +100,10 @@ class RewardSet:
         if not any(chosen):
             raise CRDError("all reward weights are 0; give at least one reward a weight")
         self.rewards = tuple(_weighted(function, weight) for function, weight in zip(functions, chosen, strict=True))
-        self._uses = tuple(column_use(reward.name, reward.function) for reward in self.rewards)
+        self.uses = tuple(column_use(reward.name, reward.function) for reward in self.rewards)
+        for reward in self.rewards:
+            if reward.weight != 0 and not gaps and isinstance(reward.function, GapLeaving):
+                _refuse_gaps(reward.name, reward.function)
         names = [reward.name for reward in self.rewards]
         for name in names:
             if names.count(name) > 1:
@@ -117,7 +133,7 @@ class RewardSet:
                     f"prompt {quote(prompt)} is judged by {', '.join(columns[ASKED][index])} alone, of weight 0; "
                     f"remove it, or name a reward with a weight in its column {ASKED!r}"
                 )
-        for reward, use in zip(self.rewards, self._uses, strict=True):
+        for reward, use in zip(self.rewards, self.uses, strict=True):
             asked = rows[reward.name]
             if not asked:
                 continue
@@ -173,7 +189,7 @@ class RewardSet:
         _check_lengths(len(images), prompts, columns)
         scored: dict[str, Tensor] = {}
         rows = rows_asked(prompts, columns, list(self.weights))
-        for reward, use in zip(self.rewards, self._uses, strict=True):
+        for reward, use in zip(self.rewards, self.uses, strict=True):
             scored[reward.name] = torch.full((len(images),), math.nan, dtype=torch.float64)
             if asked := rows[reward.name]:
                 chosen = [images[i] for i in asked], [prompts[i] for i in asked], own_columns(columns, asked)
@@ -210,6 +226,12 @@ def _weighted(function: str | RewardFunction, weight: float) -> WeightedReward:
     resolved = resolve(function)
     score_range = resolved.score_range if isinstance(resolved, Ranged) else None
     return WeightedReward(reward_name(function, resolved), resolved, weight, score_range)
+
+
+def _refuse_gaps(name: str, function: GapLeaving) -> None:
+    if function.leaves_gaps:
+        raise CRDError(f"reward {name!r} would take an image whose score failed for one that it does not apply to; "
+                       "set its on_failure to error, or use it as held_out or with weight 0")  # fmt: skip
 
 
 def _check_lengths(count: int, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:

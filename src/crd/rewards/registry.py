@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crd.errors import CRDError
+from crd.rewards.abilities import Named
 
 # A new reward is one file and one line here. Strings, so that its libraries load only when it is asked for.
 REGISTRY: dict[str, str] = {
@@ -28,6 +29,10 @@ REGISTRY: dict[str, str] = {
     "imagereward": "crd.metrics.imagereward:ImageReward",
     "aesthetic": "crd.metrics.aesthetic:AestheticScore",
     "vlm": "crd.metrics.vlm_judge:VLMJudge",
+    "jpeg-compressibility": "crd.rewards.jpeg:jpeg_compressibility",
+    "jpeg-incompressibility": "crd.rewards.jpeg:jpeg_incompressibility",
+    # remote=SOURCE#NAME: the reward NAME of servers started with `crd serve-reward`.
+    "remote": "crd.rewards.remote:RemoteReward",
 }
 
 
@@ -64,7 +69,9 @@ def resolve(reward: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reward_name(reward: str | Callable[..., Any], resolved: Callable[..., Any]) -> str:
-    """The name under which scores are logged: the registered name, else that of the function or class."""
+    """The name under which scores are logged: its own, else the registered one, else that of the function or class."""
+    if isinstance(resolved, Named):
+        return resolved.reward_name
     if isinstance(reward, str) and reward.partition("=")[0] in REGISTRY:
         return reward.partition("=")[0]
     if inspect.isroutine(resolved):
