@@ -82,6 +82,7 @@ class ServerProcess:
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
+            self.process = None
 
     def stop(self) -> str:
         """As Ctrl-C does; what it printed."""
