@@ -6,6 +6,7 @@ import dataclasses
 import re
 import runpy
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
 from crd.backbones import FAMILIES
+from crd.cli import _parser
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import config_from
 from crd.geneval.detectors import judge_settings
 from crd.objectives import OBJECTIVES
 from crd.rewards import RewardSet
 from crd.rewards.registry import REGISTRY
+from crd.serving.remote_config import RemoteConfig, remote_config
 from crd.trainer import CRDTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -83,11 +86,54 @@ def test_the_fields_a_resumed_run_may_change_are_listed() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_yaml_blocks_are_valid_configurations(page: Path) -> None:
+def test_yaml_blocks_are_valid_configurations(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block)
+        if "servers" in values:
+            (tmp_path / "servers.yaml").write_text(block)
+            remote_config(str(tmp_path / "servers.yaml"))
+            continue
         read = judge_settings if "detector" in values else config_from
         read(values)
+
+
+def test_every_setting_of_reward_servers_has_its_row_and_its_true_default() -> None:
+    text = (DOCS / "reward-server.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^|]*)` \|", text, re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(RemoteConfig)}
+    assert list(rows) == list(defaults)
+    assert {name: yaml.safe_load(rows[name]) for name in rows if name != "servers"} == {
+        name: default for name, default in defaults.items() if name != "servers"
+    }
+
+
+def test_every_option_of_the_reward_server_is_named_with_its_default() -> None:
+    text = (DOCS / "reward-server.md").read_text()
+    given = _parser().parse_args(["serve-reward", "ocr"]).__dict__
+    rows = re.findall(r"^\| `--([a-z-]+)` \| ([^|]*) \|", text, re.MULTILINE)
+    assert [name.replace("-", "_") for name, _ in rows] == [
+        n for n in given if n not in ("debug", "command", "rewards")
+    ]
+    for name, default in rows:
+        value = given[name.replace("-", "_")]
+        assert default.strip("`") == ("-" if value is None else str(value)), name
+
+
+def test_the_server_of_the_page_can_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CRD_REWARD_TOKEN", raising=False)
+    server = run_blocks(DOCS / "reward-server.md")["server"]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        rewards = RewardSet(f"remote=http://127.0.0.1:{server.server_port}#redness")
+        rewards.check_prompts(["a", "b"], {})
+        rewards.self_test()
+        images = [Image.new("RGB", (3, 2), color) for color in ("red", "blue", "#330000")]
+        assert rewards.score(images, ["", "", ""], {}).total.tolist() == [1.0, 0.0, 0.2]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_every_bundled_reward_is_in_its_table() -> None:

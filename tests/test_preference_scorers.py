@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny_detectors import noise
 from tiny_scorers import HEAD_WIDTHS, save_scorers
 from transformers import CLIPModel
 
+from crd.config import CRDConfig
 from crd.errors import CRDError
 from crd.geneval.detectors.loading import load_image_processor, load_tokenizer
 from crd.metrics.aesthetic import AestheticScore
@@ -23,6 +25,7 @@ from crd.metrics.imagereward import MEAN, STD, ImageReward
 from crd.metrics.pickscore import PickScore
 from crd.metrics.scorer import PreferenceScorer, samples
 from crd.rewards.base import RewardSet
+from crd.trainer import CRDTrainer
 
 SCORERS: dict[str, type[PreferenceScorer]] = {
     "clipscore": CLIPScore,
@@ -215,6 +218,19 @@ def test_aesthetic_head_by_hand(scorers: dict[str, PreferenceScorer], folders: d
             )
         expected.append(x[0])
     np.testing.assert_allclose(scorers["aesthetic"](pictures(), PROMPTS), expected, atol=1e-5)
+
+
+def test_runs_are_trained_on_them(folders: dict[str, Path], config: CRDConfig) -> None:
+    rewards = tuple(f"{name}={folders[name]}" for name in SCORERS)
+    mixed = replace(config, rewards=rewards, reward_normalization="group", held_out=rewards[:1])
+    with pytest.raises(CRDError, match="lies outside kl_reward_range"):
+        CRDTrainer(args=mixed).update()
+    trainer = CRDTrainer(args=replace(mixed, kl_gate="advantage"))
+    metrics = trainer.update()
+    assert metrics["gradient_norm"] > 0
+    assert {f"reward_{name}" for name in SCORERS} <= metrics.keys()
+    (line,) = trainer.held_out.warn_of(trainer.rewards)
+    assert "clipscore is no independent judge" in line
 
 
 def test_aesthetic_refuses_another_clip(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from reward_functions import brightness, color_code, raising
 from reward_servers import ServerProcess, colored, free_port, serving
 
 from crd.config import CRDConfig
+from crd.config_io import load_config
 from crd.data import load_prompts
 from crd.errors import CRDError, ServiceError
 from crd.metrics.held_out import HeldOutScores
@@ -406,6 +407,14 @@ def test_as_a_held_out_scorer_it_is_asked_what_it_can_judge_and_warned_of(remote
         assert held_out.warn_of(RewardSet([brightness])) == []
     with pytest.raises(ServiceError, match="no reward server answers"):  # and is not taken for a refused prompt
         HeldOutScores([reward], prompts)
+
+
+def test_sources_are_written_in_configurations(tmp_path: Path) -> None:
+    sources = ("remote=http://a:8000+http://b:8000#ocr", "geneval", "remote=servers.yaml#hpsv2")
+    assert load_config(None, {"rewards": ",".join(sources)}).rewards == sources
+    assert load_config(None, {"rewards": f"[{', '.join(sources)}]"}).rewards == sources
+    (tmp_path / "run.yaml").write_text(f"rewards: [{', '.join(sources)}]\n")
+    assert load_config(tmp_path / "run.yaml").rewards == sources
 
 
 def test_no_images_ask_nobody(remote: Callable[..., RemoteReward], scripted: Scripted) -> None:

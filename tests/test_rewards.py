@@ -235,7 +235,7 @@ def test_an_unknown_name_lists_the_known_and_the_nearest() -> None:
     with pytest.raises(CRDError, match=r"unknown reward 'orc'; known: .*geneval, .*, ocr, .*; did you mean 'ocr'"):
         resolve("orc")
     with pytest.raises(CRDError, match=r"known: .*; a custom reward is written"):
-        resolve("warmth")
+        resolve("blueness")
     with pytest.raises(CRDError, match="give both parts"):
         resolve("module:")
     with pytest.raises(CRDError, match="must be callable, got float"):

@@ -21,9 +21,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reward_functions import brightness
 
+from crd.data import PromptDataset
 from crd.errors import CRDError
 from crd.metrics import vlm_judge
+from crd.metrics.held_out import HeldOutScores
 from crd.metrics.vlm_config import VLMJudgeConfig, vlm_config
 from crd.metrics.vlm_judge import VLMJudge
 from crd.metrics.vlm_rubric import UnusableAnswerError, answer_text, messages, parse_answer, rubric_text, score
@@ -392,6 +395,19 @@ def test_a_gap_is_none_in_its_place_and_counted(server: Server, judge: Callable[
     assert len(server.requests) == 2 + 2 * 2
     built(images[:2], ["x"] * 2)
     assert built.gaps == 3
+
+
+def test_gaps_are_no_basis_for_training(server: Server, judge: Callable[..., VLMJudge]) -> None:
+    """A failed score would count as one that does not apply, and other rewards would decide."""
+    with pytest.raises(CRDError, match="reward 'vlm' would take an image whose score failed"):
+        RewardSet([judge(on_failure="gap"), brightness])
+    RewardSet([judge(on_failure="error"), brightness])
+    RewardSet([judge(on_failure="gap"), brightness], [0, 1])  # logged, not trained on
+    HeldOutScores([judge(on_failure="gap")], PromptDataset(("x",), {}))
+    server.says("I cannot tell")
+    with pytest.raises(CRDError, match="gave no score for the prompt"):
+        RewardSet([judge(on_failure="error", max_retries=1), brightness]).score([picture()], ["x"], {})
+    assert len(server.requests) == 2
 
 
 def test_without_gaps_one_failure_ends_the_call(server: Server, judge: Callable[..., VLMJudge]) -> None:

@@ -122,7 +122,7 @@ class RemoteReward:
         return info.names
 
     def _ask(self, pieces: Sequence[Callable[[RewardClient], T]]) -> list[T]:
-        return Dispatch(self._servers, self.config, self._meet, pieces).run()
+        return Dispatch(self._servers, self.config, self._meet, pieces, f"reward {self.reward_name}").run()
 
     def _taken(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         uses = self._announced()[0].columns

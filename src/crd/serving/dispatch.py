@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Generic, TypeVar
 
-from crd.console import console
+from crd.console import console, progress_steps
 from crd.errors import ServiceError
 from crd.serving.client import NoAnswerError, RewardClient
 from crd.serving.remote_config import RemoteConfig
@@ -42,6 +42,7 @@ class Dispatch(Generic[T]):
         config: bounds.
         meet: asks a server what it offers, and raises `ServiceError` if that is not what the others do.
         pieces: each asks a server one thing.
+        title: of the progress bar.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Dispatch(Generic[T]):
         config: RemoteConfig,
         meet: Callable[[RewardClient], object],
         pieces: Sequence[Callable[[RewardClient], T]],
+        title: str,
     ) -> None:
         self._servers, self._config, self._meet, self._pieces = servers, config, meet, pieces
+        self._title = title
         self._changed = threading.Condition()  # guards all that follows
         self._pending = deque(range(len(pieces)))
         self._answers: dict[int, T] = {}
@@ -74,15 +77,26 @@ class Dispatch(Generic[T]):
             for _ in range(min(self._config.concurrency, len(self._pieces))):
                 # Daemons: nothing waits for one that still knocks at a silent machine.
                 threading.Thread(target=self._work, args=(server,), daemon=True).start()
-        with self._changed:
-            try:
-                self._changed.wait_for(lambda: self._failure is not None or len(self._answers) == len(self._pieces))
-            finally:
+        try:
+            with progress_steps(self._title) as progress:
+                while not self._finished():
+                    progress(len(self._answers), len(self._pieces))
+        finally:
+            with self._changed:
                 self._over = True
                 self._changed.notify_all()
         if self._failure is not None:
             raise self._failure
         return [self._answers[number] for number in range(len(self._pieces))]
+
+    def _finished(self) -> bool:
+        """Wait for another answer; whether it was the last, or there will be none."""
+        with self._changed:
+            answers = len(self._answers)
+            ended = answers == len(self._pieces) or self._failure is not None
+            if not ended:
+                self._changed.wait_for(lambda: self._failure is not None or len(self._answers) > answers)
+            return ended
 
     def _work(self, server: Server) -> None:
         try:
