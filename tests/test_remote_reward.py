@@ -328,6 +328,24 @@ def test_a_batch_that_failed_is_sent_again_a_bounded_number_of_times(
     assert len(scripted.times) == 4
 
 
+def test_a_server_that_hangs_leaves_its_batches_to_another(
+    scripted: Scripted, remote: Callable[..., RemoteReward]
+) -> None:
+    """However slow the other is, and though the first one goes on to announce itself."""
+
+    def slow(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        time.sleep(0.3)
+        return color_code(images, prompts)
+
+    slow.__name__ = "color_code"
+    scripted.replies = [Reply(after_s=0.5)]
+    with serving([slow]) as url:
+        assert (
+            remote(scripted.url, url, timeout_s=0.4, batch=10, max_retries=1, concurrency=1)(IMAGES, PROMPTS) == CODES
+        )
+    assert scripted.times
+
+
 def test_what_a_server_says_is_passed_on(remote: Callable[..., RemoteReward]) -> None:
     with serving([raising]) as url, pytest.raises(CRDError, match="RuntimeError: the scorer has no weights"):
         RewardSet(remote(url, reward="raising", max_retries=0)).score(IMAGES, PROMPTS, {})

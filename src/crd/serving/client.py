@@ -15,7 +15,7 @@ from crd.rewards.signature import quote
 from crd.serving.announcement import RewardCard, ServerInfo
 from crd.serving.wire import MAX_HEADER, PROTOCOL, Question, from_json, to_json
 
-CONNECT_S = 10.0
+CONNECT_S = 10.0  # also for what a server offers, which it tells without scoring
 MAX_ANSWER = MAX_HEADER
 REFUSED, NOT_FOUND, TOO_LONG, UNFIT, BUSY = (401, 403), 404, (408, 504), 422, 429
 ABSENT = (502, 503)  # a proxy without its server; a server that loads or closes
@@ -54,7 +54,7 @@ class RewardClient:
             NoAnswerError: no answer.
             ServiceError: it refuses the token, or is no reward server of this protocol.
         """
-        values = self._ask("GET", "/v1/info", None)
+        values = self._ask("GET", "/v1/info", None, min(CONNECT_S, self._timeout_s))
         try:
             return ServerInfo.from_dict(values)
         except CRDError as error:
@@ -62,7 +62,7 @@ class RewardClient:
 
     def check(self, question: Question) -> None:
         """Raise `CRDError` for prompts and columns that the server's reward refuses; else as `score`."""
-        self._ask("POST", "/v1/check", to_json(question.to_dict()))
+        self._ask("POST", "/v1/check", to_json(question.to_dict()), self._timeout_s)
 
     def score(self, body: bytes, card: RewardCard, count: int) -> list[float | None]:
         """The scores of the `count` images of a body by one reward.
@@ -71,7 +71,7 @@ class RewardClient:
             NoAnswerError: no answer.
             ServiceError: a refused request, or an answer that is not `count` finite numbers or null, in range.
         """
-        answer = self._ask("POST", "/v1/score", body)
+        answer = self._ask("POST", "/v1/score", body, self._timeout_s)
         scores = answer.get("scores")
         found = scores.get(card.name) if isinstance(scores, dict) else None
         right = answer.get("protocol") == PROTOCOL and isinstance(scores, dict) and set(scores) == {card.name}
@@ -90,8 +90,8 @@ class RewardClient:
             )
         return float(score)
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
-        status, headers, text = self._exchange(method, path, body)
+    def _ask(self, method: str, path: str, body: bytes | None, timeout_s: float) -> dict[str, Any]:
+        status, headers, text = self._exchange(method, path, body, timeout_s)
         if status == 200:
             try:
                 return from_json(text, "the answer")
@@ -113,21 +113,23 @@ class RewardClient:
             raise NoAnswerError(told, down=False, sent=True)
         raise ServiceError(f"{told}; see docs/reward-server.md")
 
-    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, http.client.HTTPMessage, bytes]:
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, timeout_s: float
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
         connection = self._connection()
         try:
             connection.connect()
         except OSError as error:
             raise NoAnswerError(f"{self.url}: {_told(error)}", down=True, sent=False) from error
         try:
-            connection.sock.settimeout(self._timeout_s)
+            connection.sock.settimeout(timeout_s)
             # A server that refuses a body may close in the middle of it; its answer says why.
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, self._parts.path + path, body, {**self._headers, "Connection": "close"})
             answer = connection.getresponse()
             text = answer.read(MAX_ANSWER + 1)
         except TimeoutError as error:
-            reason = f"{self.url} was silent for {self._timeout_s:g} s"
+            reason = f"{self.url} was silent for {timeout_s:g} s"
             raise NoAnswerError(reason, down=False, sent=True) from error
         except (OSError, http.client.HTTPException) as error:
             raise NoAnswerError(f"{self.url} broke off: {_told(error)}", down=True, sent=True) from error

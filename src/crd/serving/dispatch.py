@@ -60,6 +60,7 @@ class Dispatch(Generic[T]):
         self._answers: dict[int, T] = {}
         self._failure: BaseException | None = None
         self._tries = [0] * len(pieces)
+        self._failed_at: dict[int, Server] = {}
         self._busy_since: dict[int, float] = {}
         self._told_to_wait = False
         self._over = False
@@ -100,7 +101,7 @@ class Dispatch(Generic[T]):
 
     def _work(self, server: Server) -> None:
         try:
-            while self._reach(server) and (number := self._take()) is not None:
+            while self._reach(server) and (number := self._take(server)) is not None:
                 self._try(server, number)
         except BaseException as error:  # raised again where `run` waits
             with self._changed:
@@ -125,33 +126,44 @@ class Dispatch(Generic[T]):
             self._pause(delay)
         return False
 
-    def _take(self) -> int | None:
-        """A piece of work, once there is one; None when all is over."""
+    def _take(self, server: Server) -> int | None:
+        """A piece of work for the server, once there is one; None when all is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over or self._pending)
-            return None if self._over else self._pending.popleft()
+            self._changed.wait_for(lambda: self._over or self._piece_for(server) is not None)
+            number = None if self._over else self._piece_for(server)
+            if number is not None:
+                self._pending.remove(number)
+            return number
+
+    def _piece_for(self, server: Server) -> int | None:
+        """The next piece; one that this server failed over is for the others, as long as one of them is there."""
+        alone = all(one is server or one.down_since is not None for one in self._servers)
+        return next((one for one in self._pending if alone or self._failed_at.get(one) is not server), None)
 
     def _try(self, server: Server, number: int) -> None:
         try:
             answer = self._pieces[number](server.client)
         except NoAnswerError as trouble:
-            self._give_back(number, trouble)
+            self._give_back(number, server, trouble)
             delay = self._delay(self._tries[number]) if trouble.retry_after is None else trouble.retry_after
-            if trouble.down:
-                with server.lock:
+            with server.lock:
+                if trouble.down:
                     delay = self._found_down(server, trouble)
+                elif trouble.sent:
+                    server.known = False  # it may hang: whether it is there is asked before it gets another piece
             self._pause(delay)
         else:
             with self._changed:
                 self._answers[number] = answer
                 self._changed.notify_all()
 
-    def _give_back(self, number: int, trouble: NoAnswerError) -> None:
+    def _give_back(self, number: int, server: Server, trouble: NoAnswerError) -> None:
         """For another try; raises `ServiceError` when there were enough."""
         config, now = self._config, time.monotonic()
         with self._changed:
             if trouble.sent:
                 self._tries[number] += 1
+                self._failed_at[number] = server
                 if self._tries[number] > config.max_retries:
                     raise ServiceError(f"a batch got no scores, the last of {self._tries[number]} tries: {trouble}; "
                                        "see the server's log") from trouble  # fmt: skip
@@ -170,6 +182,8 @@ class Dispatch(Generic[T]):
         server.failures += 1
         if server.down_since is None:
             server.down_since = now
+            with self._changed:
+                self._changed.notify_all()
         delay, down = self._delay(server.failures), [one.down_since for one in self._servers]
         since = [moment for moment in down if moment is not None]
         if len(since) < len(down):
