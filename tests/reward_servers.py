@@ -37,10 +37,14 @@ def serving(
     limits: Limits | None = None,
     max_queue: int = 16,
     ready: bool = True,
+    inside: list[Callable[[], int]] | None = None,
 ) -> Iterator[str]:
-    """The address of a server in a thread."""
+    """The address of a server in a thread; `inside` is given what tells how many requests are in its queue."""
     listening = listen("127.0.0.1", 0)
-    server = RewardServer(RewardService(RewardSet(rewards), limits or Limits(), max_queue), token)
+    service = RewardService(RewardSet(rewards), limits or Limits(), max_queue)
+    server = RewardServer(service, token)
+    if inside is not None:
+        inside.append(lambda: service._inside)
     thread = threading.Thread(target=lambda: asyncio.run(server.answer(listening, "cpu")))
     thread.start()
     port = listening.getsockname()[1]

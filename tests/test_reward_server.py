@@ -9,7 +9,6 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from reward_functions import brightness, color_code, raising, slow_color_code
+from reward_functions import brightness, color_code, raising
 from reward_servers import ServerProcess, colored, free_port, port_of, question, request, serving, wait_until
 
 from crd.cli import main
@@ -198,47 +197,65 @@ def test_a_client_that_stops_in_its_body_does_not_hold_a_place(url: str, monkeyp
         assert one.recv(100).startswith(b"HTTP/1.1 408")
 
 
+class Held:
+    """Color codes, once it is let go; keeps the sizes of its batches."""
+
+    def __init__(self) -> None:
+        self.go_on, self.batches = threading.Event(), list[int]()
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
+        self.batches.append(len(images))
+        assert self.go_on.wait(30)
+        return color_code(images, prompts)
+
+    def ask(self, port: int, count: int = 1) -> tuple[int, dict[str, Any], dict[str, str]]:
+        return request(port, "POST", "/v1/score", question([colored(5)] * count, "Held"))
+
+
 def test_a_full_queue_sends_clients_away_and_the_loop_stays_awake() -> None:
-    with serving([slow_color_code], max_queue=2) as url, ThreadPoolExecutor(8) as pool:
-        port = port_of(url)
-        body = question([colored(5)], "slow_color_code")
-        asked = [pool.submit(request, port, "POST", "/v1/score", body) for _ in range(8)]
-        time.sleep(0.1)
-        started = time.monotonic()
-        assert request(port, "GET", "/healthz")[0] == 200
-        assert time.monotonic() - started < 0.25  # a batch takes 0.3 s
+    held = Held()
+    with serving([held], max_queue=2) as url, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(held.ask, port_of(url)) for _ in range(8)]
+        wait_until(lambda: sum(future.done() for future in asked) == 6)
+        assert request(port_of(url), "GET", "/healthz")[0] == 200  # while a batch is being scored
+        held.go_on.set()
         answers = [future.result() for future in asked]
-    statuses = sorted(status for status, _, _ in answers)
-    assert statuses == [200] * 2 + [429] * 6
+    assert sorted(status for status, _, _ in answers) == [200] * 2 + [429] * 6
     for status, answer, headers in answers:
         if status == 429:
             assert int(headers["retry-after"]) >= 1
             assert "it holds no more" in answer["error"]
         else:
-            assert answer["scores"] == {"slow_color_code": [5.0]}
+            assert answer["scores"] == {"Held": [5.0]}
 
 
 def test_a_client_that_left_the_queue_costs_nothing() -> None:
-    calls: list[int] = []
-
-    def counted(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        calls.append(len(images))
-        time.sleep(0.4)
-        return [1.0] * len(images)
-
-    with serving([counted]) as url:
-        first = threading.Thread(
-            target=request, args=(port_of(url), "POST", "/v1/score", question([colored(1)], "counted"))
-        )
-        first.start()
-        wait_until(lambda: len(calls) == 1)
-        left = http.client.HTTPConnection("127.0.0.1", port_of(url))
-        left.request("POST", "/v1/score", question([colored(1)] * 2, "counted"))
-        time.sleep(0.1)
+    held, inside = Held(), list[Any]()
+    with serving([held], inside=inside) as url, ThreadPoolExecutor(2) as pool:
+        port = port_of(url)
+        first = pool.submit(held.ask, port, 1)
+        wait_until(lambda: held.batches == [1])
+        left = http.client.HTTPConnection("127.0.0.1", port)
+        left.request("POST", "/v1/score", question([colored(1)] * 2, "Held"))
+        wait_until(lambda: inside[0]() == 2)
         left.close()
-        first.join()
-        assert request(port_of(url), "POST", "/v1/score", question([colored(1)] * 3, "counted"))[0] == 200
-    assert calls == [1, 3]
+        last = pool.submit(held.ask, port, 3)
+        wait_until(lambda: inside[0]() == 3)
+        held.go_on.set()
+        assert (first.result()[0], last.result()[0]) == (200, 200)
+    assert held.batches == [1, 3]
+
+
+def test_a_server_that_stops_finishes_the_batch_and_sends_the_rest_away() -> None:
+    held, inside = Held(), list[Any]()
+    with ThreadPoolExecutor(3) as pool:
+        with serving([held], inside=inside) as url:
+            asked = [pool.submit(held.ask, port_of(url)) for _ in range(3)]
+            wait_until(lambda: inside[0]() == 3)
+            threading.Timer(0.5, held.go_on.set).start()
+        answers = [future.result() for future in asked]
+    assert sorted(status for status, _, _ in answers) == [200, 503, 503]
+    assert {answer.get("error", "scored") for _, answer, _ in answers} == {"scored", "the server is closing; try later"}
 
 
 class Loading:
@@ -279,17 +296,6 @@ def test_a_broken_reward_ends_the_server() -> None:
     server = RewardServer(RewardService(RewardSet([reward]), Limits(), 4), None)
     with listen("127.0.0.1", 0) as listening, pytest.raises(CRDError, match="no weights"):
         asyncio.run(server.answer(listening, "cpu"))
-
-
-def test_a_server_that_stops_finishes_the_batch_and_sends_the_rest_away() -> None:
-    with ThreadPoolExecutor(3) as pool:
-        with serving([slow_color_code]) as url:
-            body = question([colored(5)], "slow_color_code")
-            asked = [pool.submit(request, port_of(url), "POST", "/v1/score", body) for _ in range(3)]
-            time.sleep(0.15)
-        answers = [future.result() for future in asked]
-    assert sorted(status for status, _, _ in answers) == [200, 503, 503]
-    assert {answer.get("error", "scored") for _, answer, _ in answers} == {"scored", "the server is closing; try later"}
 
 
 def test_a_process_that_gets_1_gb_does_not_grow() -> None:
