@@ -29,7 +29,7 @@ from crd.trainer import CRDTrainer
 
 def gradients(trainer: CRDTrainer, number: int, times: list[float]) -> Iterator[dict[str, Tensor]]:
     """Gradient of both terms at each t, on the images of batch `number`."""
-    rollout = trainer.rollout(number)
+    rollout = trainer.rollout(trainer.plan(number))
     batch = rollout.batch
     rewards = trainer.rewards.score(rollout.images, batch.prompts, batch.columns)
     advantages = group_advantages(rewards.total, batch.group_id)

@@ -99,7 +99,7 @@ def make_world(mode: str) -> World:
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=g, dtype=DOUBLE))
     images = sum(SIZES)
     group_id = torch.repeat_interleave(torch.tensor([7, 1, 4]), torch.tensor(SIZES))
-    batch = PromptBatch(["a cat"] * images, group_id, {}, list(range(images)))
+    batch = PromptBatch(["a cat"] * images, group_id, {}, list(range(images)), torch.arange(images))
     conditioning = Conditioning(
         backbone.encode(["a", "b", "c"]), torch.repeat_interleave(torch.arange(3), torch.tensor(SIZES))
     )

@@ -126,8 +126,9 @@ def test_failures_name_the_scorer(prompts: PromptDataset) -> None:
         (too_short, "'too_short' must return one score per image"),
         (silent, "held_out silent gave no score for any of 6 images"),
     ):
+        held_out = HeldOutScores([scorer], prompts)
         with pytest.raises(CRDError, match=message):
-            HeldOutScores([scorer], prompts).score(GRAY, PROMPT_ID)
+            held_out.check_answers(held_out.score(GRAY, PROMPT_ID), PROMPT_ID)
 
 
 def test_no_answer_is_a_gap(prompts: PromptDataset) -> None:

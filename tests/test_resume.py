@@ -94,7 +94,8 @@ def test_killed_in_the_middle(config: CRDConfig, tmp_path: Path, capsys: pytest.
     )
     (tmp_path / "run.yaml").write_text(killed.to_yaml())
     # Calls of the reward: evaluations of the model and of the guided base model, then one an update.
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DIE_AT_CALL": "6"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "DIE_AT_CALL": "6"}
     process = subprocess.run(
         [sys.executable, "-m", "crd", "train", str(tmp_path / "run.yaml")],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
@@ -118,7 +119,7 @@ def test_killed_before_the_first_checkpoint_starts_over(
     CRDTrainer(args=config).train()
     interrupted = tmp_path / "interrupted"
     trainer = CRDTrainer(args=replace(config, output_dir=str(interrupted)))
-    trainer.folder.create(trainer.recorded)
+    trainer.books.create()
     (interrupted / "metrics.jsonl").write_text('{"update": 0, "kind": "eval", "reward": 7.0}\n{"update": 1, "ki')
     capsys.readouterr()
     assert main(["train", "--resume", str(interrupted)]) == 0

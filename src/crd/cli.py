@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from crd.console import errors
-from crd.errors import CRDError
+from crd.errors import CRDError, PeerFailedError, PeerLostError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +52,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CRDError as error:
         if debug:
             raise
+        if not _has_the_word(error):
+            return 2
         text = " ".join(str(error).split())
         errors.print(f"crd: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        errors.print("crd: interrupted; `crd train --resume RUN` goes on from the last checkpoint")
+        if _first_of_machine():
+            errors.print("crd: interrupted; `crd train --resume RUN` goes on from the last checkpoint")
         return 130
     return 0
+
+
+def _has_the_word(error: CRDError) -> bool:
+    """Whether this process, if it is one of several, is the one to tell an error.
+
+    Once the processes know of each other, `crd.ranks` decides. Before, all of a machine read the same arguments and
+    files and fail alike, so the first of each machine speaks.
+    """
+    if isinstance(error, PeerFailedError):
+        return False
+    return isinstance(error, PeerLostError) or error.agreed or _first_of_machine()
+
+
+def _first_of_machine() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class _Parser(argparse.ArgumentParser):

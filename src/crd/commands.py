@@ -43,7 +43,7 @@ diffusers_logging.disable_progress_bar()
 def train(source: str | None, overrides: Mapping[str, str], resume: str | None) -> None:
     """`crd train`: a new run, or one that goes on."""
     if resume is None:
-        CRDTrainer(args=load_config(source, overrides)).train()
+        _train(load_config(source, overrides), False)
         return
     if source is not None:
         raise CRDError(f"--resume takes the run's own configuration, got {source!r} too; leave it out")
@@ -55,7 +55,13 @@ def train(source: str | None, overrides: Mapping[str, str], resume: str | None) 
         config_from(changed)  # an unknown key gets its own message
         raise CRDError(f"{fixed[0]} cannot change in a resumed run; allowed: {', '.join(sorted(RESUMABLE))}")
     config = dataclasses.replace(config_from({**_plain(config), **changed}), output_dir=str(run))
-    CRDTrainer(args=config).train(resume=checkpoint)
+    _train(config, checkpoint)
+
+
+def _train(config: CRDConfig, resume: bool | int) -> None:
+    trainer = CRDTrainer(args=config)
+    trainer.train(resume)
+    trainer.engine.leave()
 
 
 def _plain(config: CRDConfig) -> dict[str, Any]:
@@ -251,7 +257,12 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _engine(args: argparse.Namespace, config: CRDConfig | None) -> Engine:
-    return Engine(CRDConfig.mixed_precision if config is None else config.mixed_precision, args.device)
+    engine = Engine(CRDConfig.mixed_precision if config is None else config.mixed_precision, args.device)
+    if engine.ranks.world_size > 1:
+        raise CRDError(
+            f"crd {args.command} runs in one process, got {engine.ranks.world_size}; only train takes several"
+        )
+    return engine
 
 
 def _load(args: argparse.Namespace, engine: Engine) -> LoadedModel:

@@ -23,7 +23,7 @@ BASE_DTYPES = ("float32", "bfloat16")
 # What a resumed run may change: everything else would make it another run.
 RESUMABLE = frozenset({
     "updates", "eval_every", "save_every", "keep_checkpoints", "micro_batch", "rollout_batch", "cache_references",
-    "threads", "device", "tensorboard", "wandb", "eval_base_guidance", "alarm",
+    "threads", "peer_timeout", "device", "tensorboard", "wandb", "eval_base_guidance", "alarm",
 })  # fmt: skip
 
 
@@ -114,6 +114,7 @@ class CRDConfig:
     cache_references: bool = True  # keep old/anchor velocities of one optimizer step instead of recomputing
     gradient_checkpointing: bool = False
     threads: int | None = None  # CPU threads of torch; None = torch's choice
+    peer_timeout: float = 1800.0  # s that a process of several waits for the others
 
     # Evaluation, saving, logging.
     eval_every: int = 25  # updates; 0 = only before and after
@@ -144,12 +145,13 @@ class CRDConfig:
         objective_class(self.objective)
         positive = ("updates", "prompts_per_update", "group_size", "optimizer_steps", "rollout_steps", "draws",
                     "lora_rank", "lora_alpha", "learning_rate", "max_grad_norm", "advantage_clip", "micro_batch",
-                    "rollout_batch", "eval_steps", "eval_images", "keep_checkpoints")  # fmt: skip
+                    "rollout_batch", "peer_timeout", "eval_steps", "eval_images", "keep_checkpoints")  # fmt: skip
         for name in positive:
             _check_above(name, self._value(name), 0)
         for name in ("warmup_steps", "cooldown_updates", "weight_decay", "eval_every", "save_every"):
             _check_above(name, self._value(name), 0, inclusive=True)
-        for name in ("learning_rate", "lora_alpha", "weight_decay", "rollout_guidance", "anchor_guidance"):
+        for name in ("learning_rate", "lora_alpha", "weight_decay", "rollout_guidance", "anchor_guidance",
+                     "peer_timeout"):  # fmt: skip
             _check_finite(name, self._value(name))
         for number in (*self.kl_reward_range, *self.eval_base_guidance, *(self.reward_weights or ())):
             _check_finite("kl_reward_range, eval_base_guidance and reward_weights", number)

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console()
+console = Console()  # quiet in all processes of a run but the first
 errors = Console(stderr=True)
 
 
@@ -30,7 +30,7 @@ def progress_steps(title: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     ) as progress:
         task = progress.add_task(title, total=None)
 

@@ -174,4 +174,5 @@ def prompt_batch(dataset: PromptDataset, indices: Sequence[int], group_size: int
         group_id=torch.arange(len(indices)).repeat_interleave(group_size),
         columns={name: [values[index] for index in per_image] for name, values in dataset.columns.items()},
         image_seed=[derive_seed(*seed_name, number) for number in range(len(per_image))],
+        image_id=torch.arange(len(per_image)),
     )

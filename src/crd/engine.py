@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from crd.errors import CRDError
 from crd.memory import keep_freed_memory
 from crd.objectives.base import DenoiserOutputs, Objective, Rows
+from crd.ranks import Ranks
+from crd.sharding import shard, whole
+from crd.shares import Share
 
 Forward = Callable[[Tensor], DenoiserOutputs]  # row indices (n,) -> velocities of those rows, with gradient
 
 
 class Engine:
-    """Device, precision and gradient steps of one run.
+    """Device, precision, processes and gradient steps of one run.
+
+    Processes hold the whole network each ("replicas"), or, if Accelerate was configured for FSDP2, a part of it
+    ("sharded"). Replicas are not wrapped in DistributedDataParallel: gradients of all micro-batches add up in each
+    process, and one sum over processes follows, which is exact for any numbers of rows.
 
     Args:
         mixed_precision: "no", "bf16", or "auto": bf16 where the hardware multiplies it fast, else no.
         device: "auto", "cpu" or "cuda".
+        peer_timeout: s that a process waits for the others.
 
     Raises:
         CRDError: the device or precision is not to be had, the process already has an engine of another device
-            or precision, or several processes were launched.
+            or precision, or Accelerate was configured for what the engine does not do.
     """
 
-    def __init__(self, mixed_precision: str = "no", device: str = "auto") -> None:
+    def __init__(self, mixed_precision: str = "no", device: str = "auto", peer_timeout: float = 1800.0) -> None:
         if device not in ("auto", "cpu", "cuda"):
             raise CRDError(f"device must be auto, cpu or cuda, got {device!r}")
         if device == "cuda" and not torch.cuda.is_available():
@@ -42,73 +54,127 @@ class Engine:
             keep_freed_memory()
         if mixed_precision == "auto":
             mixed_precision = "bf16" if _fast_bf16(cpu) else "no"
-        self.accelerator = _accelerator(mixed_precision, cpu)
-        if self.accelerator.num_processes > 1:
-            raise CRDError(f"training runs in one process so far, got {self.accelerator.num_processes}; launch one")
+        sharding = _sharding(mixed_precision)
+        self.accelerator = _accelerator(mixed_precision, cpu, peer_timeout)
+        self._sharding = sharding if dist.is_initialized() else None  # a process of its own has nobody to share with
+        if self.accelerator.gradient_accumulation_steps != 1:
+            raise CRDError(f"gradient_accumulation_steps={self.accelerator.gradient_accumulation_steps} of Accelerate "
+                           "would scale the loss; set it to 1, micro_batch accumulates exactly")  # fmt: skip
+        self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes, peer_timeout)
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds only a part of each weight."""
+        return self._sharding is not None
+
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision of network calls; losses are computed outside of it."""
         return self.accelerator.autocast()
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The module to call for the policy, and the optimizer to step."""
-        wrapped, prepared = self.accelerator.prepare(module, optimizer)
-        return wrapped, prepared
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module to call for the policy; if sharded, its parameters are other objects from here on."""
+        self.ranks.check_same(module.parameters(), "the weights of the model")
+        # In evaluation mode Accelerate adds mixed precision and no wrapper.
+        prepared: nn.Module = self.accelerator.prepare_model(module, evaluation_mode=True)
+        if self._sharding is not None:
+            shard(prepared, self.device, reshard=self._sharding.reshard_after_forward is True)
+        return prepared
 
-    def backward(self, objective: Objective, forward: Forward, rows: Rows, micro_batch: int) -> dict[str, float]:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer to step."""
+        prepared: torch.optim.Optimizer = self.accelerator.prepare_optimizer(optimizer)
+        return prepared
+
+    def backward(
+        self, objective: Objective, forward: Forward, rows: Rows, micro_batch: int, share: Share | None = None
+    ) -> dict[str, float]:
         """Gradient of `objective.loss` over all rows of complete groups, added to `.grad`.
 
         With terms τ_i(θ) of single rows and a loss L(τ_1 .. τ_N), dL/dθ = Σ_i ∂L/∂τ_i dτ_i/dθ: a pass without
         gradient collects all τ, L gives its derivative by τ, and each micro-batch is then run again against its
         slice. One micro-batch that holds all rows needs no first pass. Exact for any split and order of rows.
 
+        Several processes run the rows of their shares. Every one gathers all τ and so has the whole L and its
+        slopes; the sum of their gradients is dL/dθ, on all of them.
+
         Args:
             objective: gives terms and loss.
             forward: velocities of the rows with the given indices.
-            rows: N rows, complete groups.
+            rows: N rows, complete groups, the same on all processes.
             micro_batch: rows per call of `forward`.
+            share: which rows each process runs; None: as the engine deals them.
 
         Returns:
-            The objective's metrics.
+            The objective's metrics, of all rows.
 
         Raises:
-            CRDError: the loss is not finite.
+            CRDError: the loss is not finite, or another process is gone.
         """
-        chunks = torch.arange(len(rows)).split(micro_batch)
-        if len(chunks) == 1:
+        share = self.ranks.share(len(rows)) if share is None else share
+        chunks = share.index.split(micro_batch)
+        if len(chunks) == 1 and self.ranks.world_size == 1:
             output = objective.loss(objective.terms(forward(chunks[0])), rows)
             _check_finite(output.loss)
             self.accelerator.backward(output.loss)
             return output.metrics
         with torch.no_grad():
             parts = [objective.terms(forward(chunk)) for chunk in chunks]
-        terms = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        terms = {
+            name: self.ranks.gather(share, values[share.places.to(values.device)]).requires_grad_()
+            for name, values in own.items()
+        }
         output = objective.loss(terms, rows)
         _check_finite(output.loss)
         slopes = dict(
             zip(terms, torch.autograd.grad(output.loss, list(terms.values()), allow_unused=True), strict=True)
         )
-        for chunk in chunks:
+        # Sharded gradients are averaged over processes where they should be summed.
+        factor = self.ranks.world_size if self.sharded else 1
+        for chunk, counted in zip(chunks, share.counted[share.rank].split(micro_batch), strict=True):
             again = objective.terms(forward(chunk))
             weighted = [
-                (slope[chunk.to(slope.device)] * again[name]).sum()
+                (slope[chunk.to(slope.device)] * counted.to(slope.device) * factor * again[name]).sum()
                 for name, slope in slopes.items()
                 if slope is not None
             ]
             self.accelerator.backward(torch.stack(weighted).sum())
         return output.metrics
 
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up what each process has in `.grad`, on all of them; sharded weights have done so in `backward`."""
+        if self.ranks.world_size == 1 or self.sharded:
+            return
+        self.ranks.meet()
+        with self.ranks.loss_told():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+
+    def leave(self) -> None:
+        """Part from the other processes in good order; nothing can be computed together after it."""
+        self.ranks.meet()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def check_replicas(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Refuse to go on if processes that should hold the same weights do not; sharded weights are one copy."""
+        if not self.sharded:
+            self.ranks.check_same(parameters, "the trained weights")
+
     def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
-        """Clip, step, clear; returns the gradient norm before clipping.
+        """Sum over processes, clip, step, clear; returns the gradient norm before clipping.
 
         Raises:
             CRDError: the gradient is not finite; no parameter has changed then.
         """
-        norm = float(self.accelerator.clip_grad_norm_(list(parameters), max_grad_norm))
+        parameters = list(parameters)
+        self.sum_gradients(parameters)
+        norm = float(whole(self.accelerator.clip_grad_norm_(parameters, max_grad_norm)))
         if not math.isfinite(norm):
             raise CRDError(f"the gradient norm is {norm}; lower learning_rate, or use mixed_precision=no")
         optimizer.step()
@@ -116,10 +182,13 @@ class Engine:
         return norm
 
 
-def _accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
+def _accelerator(mixed_precision: str, cpu: bool, peer_timeout: float) -> Accelerator:
     """Accelerate keeps one device and precision a process, and refuses others."""
     try:
-        return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=peer_timeout))
+        return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[patience])
+    except dist.DistError as error:
+        raise CRDError(f"cannot reach the other processes: {error}; check the launcher's addresses") from error
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise CRDError(f"cannot use mixed_precision={mixed_precision}: {error}; use mixed_precision=no") from error
@@ -128,6 +197,38 @@ def _accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
             f"this process already runs at mixed_precision={running.mixed_precision} on {running.device.type}, got "
             f"{mixed_precision} on {'cpu' if cpu else 'cuda'}; restart it or use the same"
         ) from error
+
+
+def _sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
+    """What the launcher's configuration says of FSDP2; None: replicas.
+
+    Raises:
+        CRDError: it asks for what would not be done.
+    """
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise CRDError("DeepSpeed is not supported; zero2.yaml shards gradients and optimizer as its ZeRO-2 does")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", mixed_precision):
+        raise CRDError(f"the launcher was configured for mixed_precision={launched} and the run for {mixed_precision}; "
+                       f"give the run --mixed_precision {launched}, or the launcher no")  # fmt: skip
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    refused = {
+        "fsdp_version": plugin.fsdp_version != 2,
+        "fsdp_offload_params": _asked("FSDP_OFFLOAD_PARAMS"),
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+    }
+    instead = {"fsdp_version": "set it to 2", "fsdp_offload_params": "set it to false",
+               "fsdp_activation_checkpointing": "give the run --gradient_checkpointing true"}  # fmt: skip
+    for name, wrong in refused.items():
+        if wrong:
+            raise CRDError(f"{name} of the launcher's configuration is not supported as it is; {instead[name]}")
+    return plugin
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _fast_bf16(cpu: bool) -> bool:

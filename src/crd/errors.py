@@ -12,6 +12,16 @@ class CRDError(Exception):
     The command line prints the message without a traceback and exits with status 2.
     """
 
+    agreed = False  # whether the processes of a run have found that this one is to tell it
+
+
+class PeerFailedError(CRDError):
+    """Another process of the run has failed and told why; this one ends without a word of its own."""
+
+
+class PeerLostError(CRDError):
+    """Another process of the run is gone and has not told why."""
+
 
 class ServiceError(CRDError):
     """A service that was asked is out of reach or broken, which says nothing about what it was asked."""

@@ -18,13 +18,16 @@ from crd.engine import Engine
 from crd.eval_record import EvalRecord, rounded
 from crd.metrics.drift import velocity_drift
 from crd.metrics.held_out import HeldOutScores
-from crd.metrics.image_statistics import image_statistics, within_prompt_diversity
+from crd.metrics.image_statistics import STATISTICS, group_diversity, image_statistics, thumbnails
 from crd.records import Conditioning, PromptBatch, Rollout
 from crd.rewards import RewardSet
 from crd.sampling import sample
+from crd.shares import Share
 from crd.snapshots import Snapshots
 
 EVAL_SEED = "evaluation"
+SHOWN = 64  # images of an evaluation that people get to see
+_HELD_OUT, _CELLS = "held_out_", "cells"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluation: its numbers, and its images in the same order."""
+    """An evaluation: its numbers, and its images in the same order.
+
+    In a run of several processes `images` are the first `SHOWN`, on the first process, and none on the others.
+    """
 
     record: EvalRecord
     images: list[Image.Image]
@@ -56,7 +62,7 @@ class EvalResult:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each image."""
+        """The prompt of each image, shown or not."""
         return [self.record.prompts[index] for index in self.record.prompt_id]
 
 
@@ -121,15 +127,20 @@ class Evaluator:
     def __call__(self, role: str, guidance: float | None = None) -> EvalResult:
         """Draw and judge the images of one role; image i has the same noise for every model and scale.
 
+        Of several processes each draws and judges its share, and all get the whole record.
+
         Raises:
             CRDError: a reward or held-out scorer failed.
         """
         settings = self.settings if guidance is None else dataclasses.replace(self.settings, guidance=guidance)
         indices = range(len(self.dataset))
         batch = prompt_batch(self.dataset, indices, self.images_per_prompt, self.seed, EVAL_SEED)
+        share = self.engine.ranks.share(len(batch))
+        own = batch.select(share.index)
         with self.snapshots.use(role) as denoiser:
-            rollout = draw(self.backbone, denoiser, self.engine, batch, settings, self.uncond, "evaluate")
-        return EvalResult(self._record(role, settings, rollout), rollout.images)
+            rollout = draw(self.backbone, denoiser, self.engine, own, settings, self.uncond, "evaluate")
+        record = self._record(role, settings, rollout, batch.group_id, share)
+        return EvalResult(record, self._shown(rollout.images, share))
 
     def draws(self, record: EvalRecord) -> bool:
         """Whether this draws the images of `record`: its prompts, as many for each, from the same noise."""
@@ -139,14 +150,18 @@ class Evaluator:
             and prompt_id.tolist() == record.prompt_id.tolist()
         )  # fmt: skip
 
-    def _record(self, role: str, settings: SamplingSettings, rollout: Rollout) -> EvalRecord:
-        batch, images = rollout.batch, rollout.images
-        rewards = self.rewards.score(images, batch.prompts, batch.columns)
-        scores = {"reward": rewards.total, **{f"reward_{name}": column for name, column in rewards.columns.items()}}
-        for name, column in self.held_out.score(images, batch.group_id).items():
-            scores[f"held_out_{name}"] = column
+    def _record(
+        self, role: str, settings: SamplingSettings, rollout: Rollout, prompt_id: Tensor, share: Share
+    ) -> EvalRecord:
+        """The numbers of all images; `prompt_id` (B,) of all, `rollout` those of this process."""
+        columns = self._measured(rollout, share)
+        found = {name: self.engine.ranks.gather(share, values) for name, values in columns.items()}
+        cells = found.pop(_CELLS).numpy()
+        statistics = {name: found.pop(name) for name in STATISTICS}
+        held_out = {name: found[f"{_HELD_OUT}{name}"] for name in self.held_out.names}
+        self.held_out.check_answers(held_out, prompt_id)
         drift = velocity_drift(
-            self.backbone, self.snapshots, self.engine, role, rollout, self.uncond,
+            self.backbone, self.snapshots, self.engine, role, rollout, share, self.uncond,
             guidance=settings.guidance, anchor_guidance=self.anchor_guidance, batch=settings.batch,
             seed_name=(self.seed, EVAL_SEED, "drift"),
         )  # fmt: skip
@@ -156,9 +171,35 @@ class Evaluator:
             steps=settings.steps,
             seed=self.seed,
             prompts=list(self.dataset.prompts),
-            prompt_id=batch.group_id.numpy(),
-            scores={name: rounded(column.numpy()) for name, column in scores.items()},
-            statistics={name: rounded(column) for name, column in image_statistics(images).items()},
-            diversity=rounded(within_prompt_diversity(images, batch.group_id.numpy())),
+            prompt_id=prompt_id.numpy(),
+            scores={name: rounded(column.numpy()) for name, column in found.items()},
+            statistics={name: rounded(column.numpy()) for name, column in statistics.items()},
+            diversity=rounded(group_diversity(cells, prompt_id.numpy())),
             drift=drift,
         )
+
+    def _measured(self, rollout: Rollout, share: Share) -> dict[str, Tensor]:
+        """All that is measured on single images, of those of this process that count: name -> (k, ...) float64."""
+        images = [rollout.images[place] for place in share.places.tolist()]
+        batch = rollout.batch.select(share.places)
+        with self.engine.ranks.together():
+            rewards = self.rewards.score(images, batch.prompts, batch.columns)
+            held_out = self.held_out.score(images, batch.group_id)
+        statistics = image_statistics(images)
+        return {
+            "reward": rewards.total,
+            **{f"reward_{name}": column for name, column in rewards.columns.items()},
+            **{f"{_HELD_OUT}{name}": column for name, column in held_out.items()},
+            **{name: torch.from_numpy(column) for name, column in statistics.items()},
+            _CELLS: torch.from_numpy(thumbnails(images)),
+        }
+
+    def _shown(self, images: list[Image.Image], share: Share) -> list[Image.Image]:
+        """The images that people see."""
+        ranks = self.engine.ranks
+        if ranks.world_size == 1:
+            return images
+        share = share.first(SHOWN)
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images[: len(share.index)]]))
+        found = ranks.gather_to_main(share, pixels[share.places])
+        return [] if found is None else [Image.fromarray(one) for one in found.numpy()]

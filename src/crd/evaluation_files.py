@@ -18,11 +18,11 @@ from crd.alarm import Evaluated, Event
 from crd.atomic import replace_file
 from crd.errors import CRDError
 from crd.eval_record import EvalRecord, read_record
-from crd.evaluation import EvalResult
+from crd.evaluation import SHOWN, EvalResult
 
 FOLDER, EVENTS, PICTURES = "evaluations", "events.jsonl", "events"
 UPDATE, BASE = "update-", "base-cfg-"
-TILES, COLUMNS, TILE = 64, 8, 160  # at most so many pictures, so many in a row, of so many px
+TILES, COLUMNS, TILE = SHOWN, 8, 160  # at most so many pictures, so many in a row, of so many px
 
 
 class EvaluationFiles:

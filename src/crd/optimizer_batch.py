@@ -63,7 +63,8 @@ def draw_times(draws: Draws, sigmas: Tensor, rows: Rows, *name: int | str) -> Te
 class RowVelocities:
     """Callable of the engine: velocities of policy, `old` and anchor at the rows' own (t, noise).
 
-    The references do not depend on the gradient: with `cache` they are computed once for both passes.
+    The references do not depend on the gradient: with `cache` they are computed once for both passes. `rows` are those
+    of all processes, and the engine calls for rows whose images are in this one's `rollout`.
     """
 
     backbone: Backbone
@@ -79,16 +80,23 @@ class RowVelocities:
     name: tuple[int | str, ...]  # of the noise
     _cached: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Where in this process's rollout an image is; -1 = another process has it, and runs its rows.
+        known = self.rollout.batch.image_id
+        self._place = torch.full((int(known.max()) + 1,), -1)
+        self._place[known] = torch.arange(len(known))
+
     def __call__(self, index: Tensor) -> DenoiserOutputs:
         image = self.rows.image_id[index]
-        x0 = self.rollout.x0[image]
+        place = self._place[image]
+        x0 = self.rollout.x0[place]
         seeds = [
             derive_seed(*self.name, "noise", int(i), int(d)) for i, d in zip(image, self.rows.draw[index], strict=True)
         ]
         noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
         t = self.t[index].to(x0)
         x_t = interpolate(x0, noise, t)
-        conditioning = self.rollout.conditioning.select(image).gather()
+        conditioning = self.rollout.conditioning.select(place).gather()
         references = self._references(index, x_t, t, conditioning)
         with self.snapshots.use(POLICY) as policy, self.engine.autocast():
             velocity = self.backbone.velocity(policy, x_t, t, conditioning)

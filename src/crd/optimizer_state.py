@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from crd.errors import CRDError
+from crd.sharding import part_like, whole
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """State of every parameter as `<parameter name>/<slot>` -> CPU tensor.
+    """State of every parameter as `<parameter name>/<slot>` -> CPU tensor; whole, where it is spread over processes.
 
     Args:
         optimizer: with one parameter group whose parameters are, in order, `names`.
@@ -19,7 +20,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     flat: dict[str, Tensor] = {}
     for name, parameter in zip(names, group["params"], strict=True):
         for slot, value in optimizer.state.get(parameter, {}).items():
-            flat[f"{name}/{slot}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+            flat[f"{name}/{slot}"] = whole(torch.as_tensor(value).detach()).cpu().clone().contiguous()
     return flat
 
 
@@ -43,6 +44,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], f
         if name in slots:
             # `step` stays on the CPU, as torch.optim keeps it. Copies: tensors read from a file are views of it.
             optimizer.state[parameter] = {
-                slot: value.to("cpu" if slot == "step" else parameter.device, copy=True)
+                slot: value.clone() if slot == "step" else part_like(parameter, value.clone())
                 for slot, value in slots[name].items()
             }

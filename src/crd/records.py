@@ -47,6 +47,18 @@ class PromptBatch:
     group_id: Tensor  # (B,) int64
     columns: Mapping[str, list[Any]]  # dataset columns, each of length B
     image_seed: list[int]  # length B; names the initial noise of each image
+    image_id: Tensor  # (B,) int64, the number of each image in the whole batch of all processes
+
+    def select(self, index: Tensor) -> PromptBatch:
+        """The images `index` (N,) int64 alone."""
+        rows = index.tolist()
+        return PromptBatch(
+            prompts=[self.prompts[row] for row in rows],
+            group_id=self.group_id[index],
+            columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
+            image_seed=[self.image_seed[row] for row in rows],
+            image_id=self.image_id[index],
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)

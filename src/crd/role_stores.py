@@ -80,6 +80,11 @@ class AdapterStore:
     def tensors(self, role: str) -> dict[str, nn.Parameter]:
         return self._tensors[role]
 
+    def find_again(self) -> None:
+        """Take up the module's parameters anew: sharding has put others in their place."""
+        self._tensors = {role: _adapter_parameters(self._module, role) for role in self._tensors}
+        self.activate(POLICY)
+
     def activate(self, role: str) -> nn.Module:
         for layer in self._layers:
             if layer.disable_adapters != (role == ANCHOR):

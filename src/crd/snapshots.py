@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crd.errors import CRDError
 from crd.role_stores import ANCHOR, OLD, POLICY, SAMPLER, AdapterStore, CopyStore, LoraSettings
+from crd.sharding import part_like, whole
 
 MODES = ("lora", "full")
 
@@ -57,7 +58,7 @@ class Snapshots:
             raise CRDError("the denoiser already carries PEFT adapters; merge or unload them first")
         self.mode = mode
         self.lora = lora
-        self.wrapped: nn.Module | None = None  # the engine's wrapper (DDP), called for the policy
+        self.wrapped: nn.Module | None = None  # the module as the engine prepared it, called for the policy
         self._denoiser = denoiser
         self._store: AdapterStore | CopyStore
         if lora is not None:
@@ -74,8 +75,25 @@ class Snapshots:
 
     @property
     def module(self) -> nn.Module:
-        """The network that the engine may wrap; set `wrapped` to the result."""
+        """The network that the engine prepares; give the result to `adopt`."""
         return self._denoiser
+
+    def adopt(self, prepared: nn.Module, *, sharded: bool) -> None:
+        """Call `prepared` for the policy from here on.
+
+        Args:
+            prepared: the module as the engine made it ready.
+            sharded: its parameters were replaced by parts of them, spread over processes.
+
+        Raises:
+            CRDError: a sharded module in mode "full", whose copies would have to be sharded too.
+        """
+        self.wrapped = prepared
+        if not sharded:
+            return
+        if isinstance(self._store, CopyStore):
+            raise CRDError("finetune=full cannot be sharded over processes; use finetune=lora, or launch ddp.yaml")
+        self._store.find_again()
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable (policy) parameters under their role-free names, in a fixed order."""
@@ -135,11 +153,14 @@ class Snapshots:
                 snapshot[name].copy_(average)
 
     def state(self, role: str) -> dict[str, Tensor]:
-        """CPU copies of a role's tensors by role-free name; of the float32 averages where those exist."""
+        """CPU copies of a role's tensors by role-free name; of the float32 averages where those exist.
+
+        Of a module that is spread over processes, all of them must call.
+        """
         self._check_role(role, (POLICY, *self.roles))
         tensors = self._master.get(role) or self._store.tensors(role)
         # clone: .cpu() of a CPU tensor is the tensor itself, and a checkpoint must not follow training.
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        return {name: whole(tensor.detach()).cpu().clone().contiguous() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load_state(self, role: str, state: Mapping[str, Tensor]) -> None:
@@ -153,7 +174,7 @@ class Snapshots:
         tensors = self._master.get(role) or snapshot
         _check_state(role, tensors, state)
         for name, tensor in tensors.items():
-            tensor.copy_(state[name])
+            tensor.copy_(part_like(tensor, state[name]))
             if tensor is not snapshot[name]:
                 snapshot[name].copy_(tensor)
 

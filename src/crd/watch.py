@@ -39,7 +39,7 @@ class Watch:
     """
 
     def __init__(self, evaluator: Evaluator, run: Path, action: str) -> None:
-        self.evaluator, self.action = evaluator, action
+        self.evaluator, self.action, self.ranks = evaluator, action, evaluator.engine.ranks
         self.files = EvaluationFiles(run)
         self.history: list[Evaluated] = []
         self._guided: EvalRecord | None = None
@@ -63,10 +63,7 @@ class Watch:
                 raise CRDError(f"the evaluation prompts are not those of the run: {self.files.folder} holds "
                                f"{len(record.prompts)} others; restore the prompts, or start a new run")  # fmt: skip
         # Nothing is dropped before all is read: a refused resume changes nothing.
-        try:
-            self.files.forget_after(update)
-        except OSError as error:
-            raise CRDError(f"cannot tidy {self.files.folder}: {error}; check its permissions") from error
+        self.ranks.on_main(lambda: self._tidy(update))
         self.history, self._guided = history, guided
 
     def evaluate(self, update: int) -> Verdict:
@@ -123,7 +120,17 @@ class Watch:
         change = np.abs(np.nan_to_num(columns[0][name] - columns[1][name]))
         return int(change[:TILES].argmax())
 
+    def _tidy(self, update: int) -> None:
+        try:
+            self.files.forget_after(update)
+        except OSError as error:
+            raise CRDError(f"cannot tidy {self.files.folder}: {error}; check its permissions") from error
+
     def _keep(self, write: Callable[[], object]) -> None:
+        """Write on the first process, which alone has the images."""
+        self.ranks.on_main(lambda: self._write(write))
+
+    def _write(self, write: Callable[[], object]) -> None:
         try:
             write()
         except OSError as error:

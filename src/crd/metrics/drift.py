@@ -13,6 +13,7 @@ from crd.flow import interpolate
 from crd.records import Rollout
 from crd.sampling import initial_noise
 from crd.seeds import derive_seed
+from crd.shares import Share
 from crd.snapshots import ANCHOR, Snapshots
 
 TIMES = (0.9, 0.7, 0.5, 0.3)
@@ -26,6 +27,7 @@ def velocity_drift(
     engine: Engine,
     role: str,
     rollout: Rollout,
+    share: Share,
     uncond: Mapping[str, Tensor],
     *,
     guidance: float,
@@ -42,9 +44,10 @@ def velocity_drift(
     Args:
         backbone: the model family.
         snapshots: role -> network.
-        engine: for its autocast.
+        engine: for its autocast, and its sum over processes.
         role: the model, used with `guidance`.
-        rollout: images of that model.
+        rollout: images of that model, those of this process.
+        share: of the images, over processes.
         uncond: encoding of "", name -> (1, ...).
         guidance: CFG scale of the model.
         anchor_guidance: CFG scale of `v_anchor`.
@@ -53,22 +56,27 @@ def velocity_drift(
 
     Source: arXiv 2603.14128 (the KL estimate); images and times are ours.
     """
-    images, sums, rows = range(min(IMAGES, len(rollout.batch))), torch.zeros(2, dtype=torch.float64), 0
-    pairs = [(image, t) for image in images for t in TIMES]
+    share = share.first(IMAGES)
+    counted = share.counted[share.rank].tolist()
+    sums = torch.zeros(3, dtype=torch.float64)  # of squared distances, of squares, of numbers
+    pairs = [(place, t) for place in range(len(counted)) for t in TIMES]
     for start in range(0, len(pairs), batch):
         chosen = pairs[start : start + batch]
-        image, t = torch.tensor([index for index, _ in chosen]), torch.tensor([time for _, time in chosen])
-        x0 = rollout.x0[image]
-        seeds = [derive_seed(*seed_name, index, str(time)) for index, time in chosen]
+        place, t = torch.tensor([index for index, _ in chosen]), torch.tensor([time for _, time in chosen])
+        x0 = rollout.x0[place]
+        image = rollout.batch.image_id[place].tolist()
+        seeds = [derive_seed(*seed_name, index, str(time)) for index, (_, time) in zip(image, chosen, strict=True)]
         noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
         t = t.to(x0)
-        x_t, conditioning = interpolate(x0, noise, t), rollout.conditioning.select(image).gather()
+        x_t, conditioning = interpolate(x0, noise, t), rollout.conditioning.select(place).gather()
         found = []
         for name, scale in ((role, guidance), (ANCHOR, anchor_guidance)):
             with snapshots.use(name) as denoiser, engine.autocast():
                 found.append(guided_velocity(backbone, denoiser, x_t, t, conditioning, uncond, scale).double())
-        velocity, anchor = found
-        sums += torch.stack([(velocity - anchor).square().sum(), velocity.square().sum()]).cpu()
-        rows += velocity.numel()
-    kl, square = (sums / rows).tolist()
+        own = [row for row, (index, _) in enumerate(chosen) if counted[index]]
+        velocity, anchor = (one[own] for one in found)
+        sums[:2] += torch.stack([(velocity - anchor).square().sum(), velocity.square().sum()]).cpu()
+        sums[2] += velocity.numel()
+    total = engine.ranks.total(sums)
+    kl, square = (total[:2] / total[2]).tolist()
     return {"kl_to_anchor": kl, "velocity_norm": square**0.5}

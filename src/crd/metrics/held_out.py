@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -74,7 +74,7 @@ class HeldOutScores:
             prompt_id: (B,) int64 index of each image's prompt in the dataset.
 
         Raises:
-            CRDError: a scorer failed, or answered for none of the images that it was asked about.
+            CRDError: a scorer failed.
         """
         found: dict[str, Tensor] = {}
         for name, (scorer, judged) in self._judged.items():
@@ -83,11 +83,20 @@ class HeldOutScores:
             prompts = [self.dataset.prompts[row] for row in rows]
             chosen = [images[i] for i in asked], prompts, own_columns(self.dataset.columns, rows)
             (scores,) = scorer.scores(*chosen).values()
-            if asked and scores.isnan().all():
-                raise CRDError(f"held_out {name} gave no score for any of {len(asked)} images; check the scorer")
             found[name] = torch.full((len(images),), math.nan, dtype=torch.float64)
             found[name][asked] = scores
         return found
+
+    def check_answers(self, scores: Mapping[str, Tensor], prompt_id: Tensor) -> None:
+        """Refuse scores (B,), by name, of all images of an evaluation when a scorer gave none.
+
+        Raises:
+            CRDError: a scorer answered for none of the images that it was asked about.
+        """
+        for name, (_, judged) in self._judged.items():
+            asked = torch.isin(prompt_id, judged)
+            if bool(asked.any()) and bool(scores[name][asked].isnan().all()):
+                raise CRDError(f"held_out {name} gave no score for any of {int(asked.sum())} images; check the scorer")
 
 
 def _judged(name: str, scorer: RewardSet, dataset: PromptDataset) -> Tensor:

@@ -83,8 +83,12 @@ def within_prompt_diversity(images: Sequence[Image.Image], group_id: ArrayLike) 
     if groups.shape != (len(images),) or (len(images) and groups.dtype.kind not in "iu"):
         raise CRDError(f"group_id must be (B,)=({len(images)},) integers, got {groups.dtype} {groups.shape}; "
                        "give one integer an image")  # fmt: skip
-    thumbnails = _thumbnails(images)
-    return np.array([_mean_distance(thumbnails[groups == group]) for group in np.unique(groups)], dtype=np.float64)
+    return group_diversity(thumbnails(images), groups)
+
+
+def group_diversity(cells: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """`within_prompt_diversity` (G,) of images whose `thumbnails` (B, D) and groups (B,) are given."""
+    return np.array([_mean_distance(cells[groups == group]) for group in np.unique(groups)], dtype=np.float64)
 
 
 def _same_size_batches(images: Sequence[Image.Image]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -135,7 +139,7 @@ def _saturation(pixels: np.ndarray) -> np.ndarray:
     return ratio.mean(axis=(1, 2), dtype=np.float64)
 
 
-def _thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
+def thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
     """Cell means (B, 16 * 16 * 3) float64 of RGB in [0, 1]."""
     cells = np.zeros((len(images), _CELLS, _CELLS, 3))
     for rows, pixels in _same_size_batches(images):

@@ -1,0 +1,122 @@
+"""What a run writes while it goes: folder, metrics, sample sheets, checkpoints; the first process does, for all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from crd.checkpoint import Checkpoint, CheckpointFolder
+from crd.config import CRDConfig
+from crd.evaluation import EvalResult
+from crd.ranks import Ranks
+from crd.run_folder import RunFolder
+from crd.tracker import Tracker
+from crd.training_state import Progress
+
+
+class RunBooks:
+    """The books of one run. All processes call alike; a full disk ends all of them.
+
+    Args:
+        config: of the run.
+        recorded: the same as its folder records it.
+        ranks: the processes.
+    """
+
+    def __init__(self, config: CRDConfig, recorded: CRDConfig, ranks: Ranks) -> None:
+        self.recorded, self.ranks, self._config = recorded, ranks, config
+        self.folder = RunFolder(Path(config.output_dir))
+        self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", config.keep_checkpoints)
+        self._tracker: Tracker | None = None  # on the first process
+        # Mean reward of the best checkpoint. In memory: other processes must not read a file that is being written.
+        self.best: float | None = None
+
+    def create(self) -> None:
+        """Make the run folder; see `RunFolder.create`."""
+        self.ranks.on_main(lambda: self.folder.create(self.recorded))
+
+    def remove(self) -> None:
+        """Delete the folder of a run that came to nothing."""
+        if self.ranks.is_main:
+            self.folder.remove()
+
+    def reopen(self) -> None:
+        """Check that the folder is this run's, and mend what an interruption left of its checkpoints."""
+        with self.ranks.together():
+            self.folder.check_same(self.recorded)
+        self.ranks.on_main(self.checkpoints.sweep)
+
+    def go_on_from(self, update: int, eligible: Mapping[int, float]) -> None:
+        """Forget the checkpoints after `update`; `eligible`: update -> reward of those that may be the best."""
+
+        def tidy() -> None:
+            self.checkpoints.forget_after(update, eligible)
+            self.folder.record(self.recorded)
+
+        self.ranks.on_main(tidy)
+        with self.ranks.together():
+            best = self.checkpoints.best()
+        self.best = None if best is None else best[1]
+
+    @contextmanager
+    def open(self, resume_from: int | None) -> Iterator[None]:
+        """Keep metrics inside; records of updates after `resume_from` are dropped."""
+        settings = dataclasses.asdict(self.recorded)
+        tracker = self.ranks.on_main(
+            lambda: Tracker(
+                self.folder.path,
+                tensorboard=self._config.tensorboard,
+                wandb=self._config.wandb,
+                config=settings,
+                resume_from=resume_from,
+            )
+        )
+        self._tracker = tracker
+        try:
+            yield
+        finally:
+            self._tracker = None
+            if tracker is not None:
+                tracker.close()
+
+    def log(self, update: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Record metrics, which every process has; see `Tracker.log`."""
+
+        def write() -> None:
+            if self._tracker is None:
+                raise ValueError("metrics are logged inside of `open`")
+            self._tracker.log(update, kind, metrics)
+
+        self.ranks.on_main(write)
+
+    def log_evaluation(self, update: int, result: EvalResult) -> None:
+        """Record an evaluation's means, and a sheet of its images."""
+        self.log(update, "eval", result.metrics())
+        self.ranks.on_main(lambda: self.folder.save_samples(update, result))
+
+    def save(self, update: int, checkpoint: Callable[[], Checkpoint], *, sharded: bool) -> None:
+        """Write a checkpoint; each process makes it if the weights are sharded, for it takes all of them."""
+        if sharded:
+            content = checkpoint()
+            self.ranks.on_main(lambda: self.checkpoints.save(update, content))
+        else:
+            self.ranks.on_main(lambda: self.checkpoints.save(update, checkpoint()))
+
+    def is_best(self, reward: float) -> bool:
+        """Whether a mean reward is above that of the best checkpoint."""
+        return self.best is None or reward > self.best
+
+    def mark_best(self, update: int, reward: float) -> None:
+        """Record that the checkpoint of `update` is the best."""
+        self.ranks.on_main(lambda: self.checkpoints.mark_best(update, reward))
+        self.best = reward
+
+    def has_checkpoint(self, update: int) -> bool:
+        """Whether the checkpoint of an update is there."""
+        return update in self.checkpoints.updates()
+
+    def summarise(self, progress: Progress, base: Mapping[float, Mapping[str, float]]) -> dict[str, float]:
+        """Write and show the summary; {} on processes other than the first. See `RunFolder.summarise`."""
+        return self.ranks.on_main(lambda: self.folder.summarise(progress, base)) or {}

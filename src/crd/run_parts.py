@@ -1,0 +1,82 @@
+"""What a run is made of, loaded and checked before any training: rewards, prompts, model, roles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from crd.backbones import Backbone
+from crd.config import CRDConfig
+from crd.data import PromptDataset, Prompts
+from crd.errors import CRDError
+from crd.flow import draw_timesteps
+from crd.loading import build_snapshots, judged_prompts, training_backbone
+from crd.metrics.held_out import HeldOutScores
+from crd.rewards import RewardFunction, RewardSet
+from crd.seeds import generator
+from crd.snapshots import OLD, SAMPLER, Snapshots
+
+Model: TypeAlias = str | Path | DiffusionPipeline | Backbone
+RewardArgument: TypeAlias = str | RewardFunction
+Rewards: TypeAlias = RewardArgument | Sequence[RewardArgument]
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run, each fit for the others."""
+
+    rewards: RewardSet
+    train_data: PromptDataset
+    eval_data: PromptDataset | None
+    held_out: HeldOutScores
+    backbone: Backbone
+    snapshots: Snapshots
+    sigmas: Tensor  # of the rollout
+
+
+def load_parts(
+    config: CRDConfig,
+    device: torch.device,
+    model: Model | None,
+    reward_funcs: Rewards | None,
+    train_dataset: Prompts | None,
+    eval_dataset: Prompts | None,
+) -> RunParts:
+    """Load and check; an argument that is not None takes the place of its setting.
+
+    Raises:
+        CRDError: anything the user can mend.
+    """
+    funcs = config.rewards if reward_funcs is None else reward_funcs
+    rewards = RewardSet([funcs] if isinstance(funcs, str) or callable(funcs) else funcs, config.reward_weights)
+    train_data = judged_prompts("prompts", config.prompts if train_dataset is None else train_dataset, rewards)
+    judged = config.eval_prompts if eval_dataset is None else eval_dataset
+    eval_data = None if judged is None else judged_prompts("eval_prompts", judged, rewards)
+    if config.eval_base_guidance and eval_data is None:
+        raise CRDError("eval_base_guidance needs evaluation prompts, got none; set eval_prompts, or leave it out")
+    if config.alarm in ("stop", "raise_kl") and eval_data is None:
+        raise CRDError(f"alarm={config.alarm} needs evaluation prompts, got none; set eval_prompts, or use warn")
+    held_out = HeldOutScores(config.held_out, eval_data)
+    for scorers in (rewards, held_out):
+        scorers.use_device(str(device))
+    backbone = training_backbone(config.model if model is None else model, config, device)
+    if config.gradient_checkpointing:
+        denoiser: Any = backbone.denoiser  # a diffusers model; nn.Module knows no such method
+        denoiser.enable_gradient_checkpointing()
+    snapshots = build_snapshots(backbone, config, (OLD, SAMPLER) if config.decouple_sampler else (OLD,))
+    return RunParts(rewards, train_data, eval_data, held_out, backbone, snapshots, _sigmas(backbone, config))
+
+
+def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
+    """The grid of rollouts; settings that only the model can judge are refused here, before a run folder exists."""
+    backbone.latent_shape(config.height, config.width)
+    sigmas = backbone.sigmas(config.rollout_steps, config.height, config.width)
+    once = generator(config.seed)
+    draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once)
+    return sigmas
