@@ -65,3 +65,14 @@ def color_code(images: list[Image.Image], prompts: list[str]) -> list[float]:
 def slow_color_code(images: list[Image.Image], prompts: list[str]) -> list[float]:
     time.sleep(0.3)
     return color_code(images, prompts)
+
+
+def ends_rank_1(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """Brightness, until rank 1 of several processes fails or dies, as $END says."""
+    global _calls
+    _calls += 1
+    if os.environ["RANK"] == "1" and _calls == int(os.environ["DIE_AT_CALL"]):
+        if os.environ["END"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("the judge is down")
+    return brightness(images, prompts)

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 import torch
 from gang import Ended, run_gang
-from PIL import Image
-from reward_functions import brightness
 from torch import Tensor, nn
 
-from crd.checkpoint import CheckpointFolder
+from crd.checkpoint import Checkpoint, CheckpointFolder
 from crd.cli import main
 from crd.config import CRDConfig
 from crd.engine import Engine
@@ -28,6 +26,7 @@ from crd.objectives.crd import CRD, CRDObjectiveConfig
 from crd.shares import Share
 from crd.tracker import read_metrics
 from crd.trainer import CRDTrainer
+from crd.training_state import pack, restore
 
 DOUBLE = torch.float64
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -81,9 +80,7 @@ class Linear(nn.Module):
 
     def forward(self, index: Tensor) -> DenoiserOutputs:
         t = torch.full((len(index),), 0.5, dtype=DOUBLE)
-        return DenoiserOutputs(
-            self.x[index] @ self.weight, self.old[index], self.anchor[index], self.target[index], t
-        )
+        return DenoiserOutputs(self.x[index] @ self.weight, self.old[index], self.anchor[index], self.target[index], t)
 
 
 def linear_gradient(images: int, micro_batch: int) -> tuple[dict[str, float], Tensor]:
@@ -116,6 +113,7 @@ class Did:
     weights: dict[str, Tensor]
     evaluation: dict[str, Any]  # record
     pictures: int
+    goes_back: bool  # to a checkpoint, exactly
 
 
 def one_update(config: CRDConfig) -> Did:
@@ -134,7 +132,27 @@ def one_update(config: CRDConfig) -> Did:
         f"{role}/{name}": tensor for role in ("policy", "old") for name, tensor in trainer.snapshots.state(role).items()
     }
     rewards = seen["rewards"].total.tolist()
-    return Did(metrics, rewards, seen["drawn"], weights, result.record.to_dict(), len(result.images))
+    back = not trainer.engine.sharded or goes_back(trainer)
+    return Did(metrics, rewards, seen["drawn"], weights, result.record.to_dict(), len(result.images), back)
+
+
+def goes_back(trainer: CRDTrainer) -> bool:
+    """Whether a checkpoint, taken before another update, brings everything back after it."""
+    parts = trainer.snapshots, trainer.optimizer
+    kept = pack(*parts, trainer.progress, ["prompts"])
+    trainer.update()
+    moved = pack(*parts, trainer.progress, ["prompts"])
+    restore(kept, *parts, ["prompts"])
+    again = pack(*parts, trainer.progress, ["prompts"])
+    return same_tensors(again, kept) and not same_tensors(moved, kept)
+
+
+def same_tensors(first: Checkpoint, second: Checkpoint) -> bool:
+    return all(
+        torch.equal(tensor, second.tensors[stem][name])
+        for stem, tensors in first.tensors.items()
+        for name, tensor in tensors.items()
+    )
 
 
 def do_all(folder: Path, configs: dict[str, CRDConfig]) -> None:
@@ -157,7 +175,8 @@ def configs(base_config: CRDConfig) -> dict[str, CRDConfig]:
     return {
         "lora": small,
         "full": replace(small, finetune="full", micro_batch=4),
-        "bundled": replace(small, model="tiny-sd3", micro_batch=4, prompts_per_update=2),
+        # Two images in each optimizer step: of three processes, one has none of its own.
+        "bundled": replace(small, model="tiny-sd3", micro_batch=4, prompts_per_update=2, group_size=2),
         "sharded": small,
     }
 
@@ -196,6 +215,7 @@ def test_an_update_is_the_same(gang: list[dict[str, Any]], alone: dict[str, Any]
     ranks: list[Did] = [rank[name] for rank in gang]
     assert sum(rank.drawn for rank in ranks) == wanted.drawn == len(wanted.rewards)
     for rank in ranks:
+        assert rank.goes_back
         assert rank.rewards == wanted.rewards
         assert rank.metrics["loss"] == pytest.approx(wanted.metrics["loss"], abs=1e-6)
         assert rank.metrics["optimizer_steps"] == wanted.metrics["optimizer_steps"] == 2
@@ -221,3 +241,122 @@ def test_an_evaluation_is_the_same(gang: list[dict[str, Any]], alone: dict[str, 
         assert got.evaluation["diversity"] == pytest.approx(wanted.evaluation["diversity"], abs=2e-3)
         assert got.evaluation["model"] == pytest.approx(wanted.evaluation["model"], rel=1e-3)
         assert got.pictures == (wanted.pictures if number == 0 else 0)
+
+
+# How a run ends when one process does.
+
+AT_UPDATE_2 = "4"  # calls of the reward: evaluations of the model and of the guided base model, then one an update
+
+
+def train(argv: list[str], environment: dict[str, str]) -> int:
+    """As one rank: the command line."""
+    os.environ |= environment
+    return main(["train", *argv])
+
+
+def assert_ended_by(end: str, config: CRDConfig, folder: Path) -> list[Ended]:
+    """A run of two processes whose second ends in update 2; update 1 must have been saved."""
+    run = replace(config, rewards=("reward_functions:ends_rank_1",), updates=3, output_dir=str(folder / "run"))
+    (folder / "run.yaml").write_text(run.to_yaml())
+    environment = {"DIE_AT_CALL": AT_UPDATE_2, "END": end}
+    ended = run_gang(2, folder / end, train, [str(folder / "run.yaml")], environment)
+    assert CheckpointFolder(folder / "run" / "checkpoints", keep=1).updates() == [1]
+    assert [record["update"] for record in read_metrics(folder / "run", "train")] == [1]
+    return ended
+
+
+def told(ended: Ended) -> list[str]:
+    """What a process says as `crd`."""
+    return [line for line in ended.err.splitlines() if line.startswith("crd: ")]
+
+
+def test_one_failing_process_ends_all_with_one_line_and_the_run_goes_on_with_three(
+    config: CRDConfig, tmp_path: Path
+) -> None:
+    small = replace(config, rollout_batch=1, micro_batch=2, prompts_per_update=3, group_size=3)
+    first, second = assert_ended_by("raise", small, tmp_path)
+    assert (first.status, second.status) == (2, 2)
+    assert told(first) == []
+    assert told(second) == ["crd: reward 'ends_rank_1' raised RuntimeError: the judge is down; fix the reward"]
+    run = tmp_path / "run"
+    ended = run_gang(3, tmp_path / "again", train, ["--resume", str(run)], {"DIE_AT_CALL": "0", "END": "no"})
+    assert [rank.status for rank in ended] == [0, 0, 0], ended
+    assert [rank.out for rank in ended[1:]] == ["", ""]
+    straight = replace(small, updates=3, output_dir=str(tmp_path / "straight"))
+    CRDTrainer(args=straight).train()
+    for kind, names in (("train", ("update", "reward", "optimizer_steps", "images")), ("eval", ("update", "reward"))):
+        for got, wanted in zip(read_metrics(run, kind), read_metrics(tmp_path / "straight", kind), strict=True):
+            for name in names:
+                assert got[name] == pytest.approx(wanted[name], abs=1e-3), (kind, name)
+    pages = [read_record(folder / "evaluations" / "update-000003.json") for folder in (run, tmp_path / "straight")]
+    assert pages[0].same_images(pages[1])
+    assert (run / "evaluations" / "update-000003.webp").is_file()
+    assert json.loads((run / "summary.json").read_text())["images"] == 27
+
+
+def test_a_killed_process_ends_the_other_within_a_minute(config: CRDConfig, tmp_path: Path) -> None:
+    first, second = assert_ended_by("kill", config, tmp_path)
+    assert second.status == -signal.SIGKILL
+    assert first.status == 2
+    (line,) = told(first)
+    assert line.startswith("crd: process 0 of 2 lost another one (")
+    assert line.endswith("); see what the others said, and use --resume")
+    assert first.seconds - second.seconds < 60
+
+
+def test_what_is_wrong_everywhere_is_told_once(config: CRDConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    for name, argv, message in (
+        ("before", ["nowhere.yaml"], "crd: no configuration at nowhere.yaml"),
+        ("after", [str(tmp_path / "run.yaml"), "--model", "/nowhere"], "crd: no model at"),
+    ):
+        first, second = run_gang(2, tmp_path / name, train, argv, {})
+        assert (first.status, second.status) == (2, 2)
+        assert [line[: len(message)] for line in told(first)] == [message]
+        assert told(second) == []
+
+
+def talk(folder: Path) -> int:
+    """As one of two ranks: what `Ranks` says when things go wrong on one of them, or on both."""
+    ranks = Engine(device="cpu", peer_timeout=20).ranks
+    heard = []
+
+    def fails_on(*failing: int) -> None:
+        if ranks.rank in failing:
+            raise CRDError(f"{ranks.rank} cannot")
+
+    for failing in ((0,), (1,), (0, 1)):
+        try:
+            with ranks.together():
+                fails_on(*failing)
+                if len(failing) == 1:
+                    ranks.meet()  # the other waits at quite another place
+        except CRDError as error:
+            heard.append([type(error).__name__, str(error)])
+    try:
+        ranks.check_same([torch.tensor(1.0 + ranks.rank)], "the number")
+    except CRDError as error:
+        heard.append([type(error).__name__, str(error)])
+    heard.append([str(ranks.on_main(lambda: "done")), str(ranks.total(torch.tensor([1.0 + ranks.rank])).tolist())])
+    (folder / f"heard-{ranks.rank}").write_text(json.dumps(heard))
+    with ranks.together():
+        if ranks.rank == 1:
+            raise TypeError("a bug")
+    return 0
+
+
+def test_failures_are_heard_by_the_other(tmp_path: Path) -> None:
+    first, second = run_gang(2, tmp_path / "printed", talk, tmp_path)
+    heard = [json.loads((tmp_path / f"heard-{rank}").read_text()) for rank in (0, 1)]
+    differ = ["CRDError", "the number must be the same on all processes, got [1.0, 2.0]; start them alike"]
+    assert heard[0] == [
+        ["CRDError", "0 cannot"], ["PeerFailedError", "process 1 failed: 1 cannot"], ["CRDError", "0 cannot"],
+        differ, ["done", "[3.0]"],
+    ]  # fmt: skip
+    assert heard[1] == [
+        ["PeerFailedError", "process 0 failed: 0 cannot"], ["CRDError", "1 cannot"],
+        ["PeerFailedError", "process 0 failed: 0 cannot"], differ, ["None", "[3.0]"],
+    ]  # fmt: skip
+    assert (first.status, second.status) == (1, 1)
+    assert "PeerFailedError: process 1 failed: TypeError: a bug" in first.err
+    assert "TypeError: a bug" in second.err

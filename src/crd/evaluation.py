@@ -88,7 +88,8 @@ def draw(
     """Finished images of a batch of prompts; each distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(batch.prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    tensors = encode_prompts(backbone, engine, distinct)
+    with engine.ranks.together():
+        tensors = encode_prompts(backbone, engine, distinct)
     conditioning = Conditioning(tensors, torch.tensor([row_of[prompt] for prompt in batch.prompts]))
     with progress_steps(title) as progress, engine.autocast():
         x0 = sample(
