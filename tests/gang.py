@@ -14,7 +14,9 @@ from typing import Any
 
 # Forked from a process that has imported everything and computed nothing: a rank starts in no time.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["crd.trainer", "crd.commands"])
+_CONTEXT.set_forkserver_preload(
+    ["crd.trainer", "crd.commands", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
+)
 
 
 @dataclass(frozen=True)

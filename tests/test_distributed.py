@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import ClusterConfig
 from gang import Ended, run_gang
 from torch import Tensor, nn
 
+import crd
 from crd.checkpoint import Checkpoint, CheckpointFolder
 from crd.cli import main
 from crd.config import CRDConfig
@@ -29,6 +31,8 @@ from crd.trainer import CRDTrainer
 from crd.training_state import pack, restore
 
 DOUBLE = torch.float64
+LAUNCH = Path(crd.__file__).parent / "launch"
+EVALUATED = ("lora", "sharded")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -111,12 +115,12 @@ class Did:
     rewards: list[float]  # of all images, in their order
     drawn: int  # by this process
     weights: dict[str, Tensor]
-    evaluation: dict[str, Any]  # record
+    evaluation: dict[str, Any]  # record; {} if not asked for
     pictures: int
     goes_back: bool  # to a checkpoint, exactly
 
 
-def one_update(config: CRDConfig) -> Did:
+def one_update(config: CRDConfig, evaluate: bool) -> Did:
     trainer = CRDTrainer(args=config)
     score, seen = trainer.score, {}
 
@@ -127,13 +131,14 @@ def one_update(config: CRDConfig) -> Did:
 
     trainer.score = remembered  # type: ignore[method-assign]
     metrics = trainer.update()
-    result = trainer.evaluate()
+    result = trainer.evaluate() if evaluate else None
     weights = {
         f"{role}/{name}": tensor for role in ("policy", "old") for name, tensor in trainer.snapshots.state(role).items()
     }
     rewards = seen["rewards"].total.tolist()
     back = not trainer.engine.sharded or goes_back(trainer)
-    return Did(metrics, rewards, seen["drawn"], weights, result.record.to_dict(), len(result.images), back)
+    record, pictures = ({}, 0) if result is None else (result.record.to_dict(), len(result.images))
+    return Did(metrics, rewards, seen["drawn"], weights, record, pictures, back)
 
 
 def goes_back(trainer: CRDTrainer) -> bool:
@@ -161,7 +166,7 @@ def do_all(folder: Path, configs: dict[str, CRDConfig]) -> None:
     found: dict[str, Any] = {f"linear {n}": linear_gradient(n, 4) for n in (1, 7)}
     for name, config in configs.items():
         os.environ |= FSDP if name == "sharded" else {}
-        found[name] = one_update(config)
+        found[name] = one_update(config, name in EVALUATED)
     (folder / f"found-{rank}").write_bytes(pickle.dumps(found))
 
 
@@ -185,7 +190,8 @@ def configs(base_config: CRDConfig) -> dict[str, CRDConfig]:
 def alone(configs: dict[str, CRDConfig]) -> dict[str, Any]:
     """What one process finds."""
     found: dict[str, Any] = {f"linear {n}": linear_gradient(n, 4) for n in (1, 7)}
-    return found | {name: one_update(config) for name, config in configs.items()}
+    found |= {name: one_update(config, name in EVALUATED) for name, config in configs.items() if name != "sharded"}
+    return found | {"sharded": found["lora"]}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda n: f"{n} processes")
@@ -227,7 +233,7 @@ def test_an_update_is_the_same(gang: list[dict[str, Any]], alone: dict[str, Any]
             assert torch.equal(rank.weights[key], ranks[0].weights[key])
 
 
-@pytest.mark.parametrize("name", ["lora", "sharded"])
+@pytest.mark.parametrize("name", EVALUATED)
 def test_an_evaluation_is_the_same(gang: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
     wanted: Did = alone[name]
     for number, rank in enumerate(gang):
@@ -360,3 +366,36 @@ def test_failures_are_heard_by_the_other(tmp_path: Path) -> None:
     assert (first.status, second.status) == (1, 1)
     assert "PeerFailedError: process 1 failed: TypeError: a bug" in first.err
     assert "TypeError: a bug" in second.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; zero2.yaml"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "configured for mixed_precision=bf16 and the run for no"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps=4"),
+        (FSDP, "started one process alone"),
+        ({**FSDP, "FSDP_VERSION": "1"}, "fsdp_version of the launcher's configuration is not supported"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
+    ],
+    ids=str,
+)
+def test_what_a_launcher_may_not_ask(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CRDError, match=message):
+        Engine(device="cpu")
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_configurations_are_accelerates(path: Path) -> None:
+    config = ClusterConfig.from_yaml_file(str(path))
+    sharded = path.stem != "ddp"
+    assert config.distributed_type == ("FSDP" if sharded else "MULTI_GPU")
+    assert config.mixed_precision == "no"
+    if sharded:
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_reshard_after_forward"] is (path.stem == "fsdp2")
+    assert path.name in (LAUNCH.parents[2] / "docs" / "distributed.md").read_text()

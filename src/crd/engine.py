@@ -54,9 +54,11 @@ class Engine:
             keep_freed_memory()
         if mixed_precision == "auto":
             mixed_precision = "bf16" if _fast_bf16(cpu) else "no"
-        sharding = _sharding(mixed_precision)
+        self._sharding = _sharding(mixed_precision)
         self.accelerator = _accelerator(mixed_precision, cpu, peer_timeout)
-        self._sharding = sharding if dist.is_initialized() else None  # a process of its own has nobody to share with
+        if self.sharded and not dist.is_initialized():
+            raise CRDError("Accelerate was configured for FSDP and started one process alone; launch without --cpu, or "
+                           "run crd without accelerate launch")  # fmt: skip
         if self.accelerator.gradient_accumulation_steps != 1:
             raise CRDError(f"gradient_accumulation_steps={self.accelerator.gradient_accumulation_steps} of Accelerate "
                            "would scale the loss; set it to 1, micro_batch accumulates exactly")  # fmt: skip
@@ -214,16 +216,16 @@ def _sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
     if not _asked("ACCELERATE_USE_FSDP"):
         return None
     plugin = FullyShardedDataParallelPlugin()
-    refused = {
-        "fsdp_version": plugin.fsdp_version != 2,
-        "fsdp_offload_params": _asked("FSDP_OFFLOAD_PARAMS"),
-        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
-    }
-    instead = {"fsdp_version": "set it to 2", "fsdp_offload_params": "set it to false",
-               "fsdp_activation_checkpointing": "give the run --gradient_checkpointing true"}  # fmt: skip
-    for name, wrong in refused.items():
+    refused = (
+        (plugin.fsdp_version != 2, "fsdp_version", "set it to 2"),
+        (_asked("FSDP_OFFLOAD_PARAMS"), "fsdp_offload_params", "set it to false"),
+        # transformers would leave the text encoders of all processes but the first empty.
+        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading", "set it to false"),
+        (plugin.activation_checkpointing, "fsdp_activation_checkpointing", "use gradient_checkpointing of the run"),
+    )
+    for wrong, name, instead in refused:
         if wrong:
-            raise CRDError(f"{name} of the launcher's configuration is not supported as it is; {instead[name]}")
+            raise CRDError(f"{name} of the launcher's configuration is not supported as it is; {instead}")
     return plugin
 
 
