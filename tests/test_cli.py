@@ -17,6 +17,7 @@ from conftest import PROMPTS, TOKENS
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from subprocesses import IMPORTED_FROM
 from test_checkpoint import file_size_limit
 
 from crd.checkpoint import CheckpointFolder
@@ -64,7 +65,7 @@ def in_subprocess(arguments: list[str], folder: Path, limit: int | None = None) 
     script += "runpy.run_module('crd', run_name='__main__')"
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": IMPORTED_FROM},
         cwd=folder, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from reward_functions import brightness
 from safetensors.torch import load
+from subprocesses import IMPORTED_FROM
 
 from crd.checkpoint import CheckpointFolder
 from crd.cli import main
@@ -94,8 +95,7 @@ def test_killed_in_the_middle(config: CRDConfig, tmp_path: Path, capsys: pytest.
     )
     (tmp_path / "run.yaml").write_text(killed.to_yaml())
     # Calls of the reward: evaluations of the model and of the guided base model, then one an update.
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "DIE_AT_CALL": "6"}
+    environment = {**os.environ, "PYTHONPATH": IMPORTED_FROM, "DIE_AT_CALL": "6"}
     process = subprocess.run(
         [sys.executable, "-m", "crd", "train", str(tmp_path / "run.yaml")],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
