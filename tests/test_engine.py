@@ -41,8 +41,8 @@ class DoubleSD3(SD3Backbone):
         output: Tensor = denoiser(
             hidden_states=x_t,
             timestep=t * 1000,
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            pooled_projections=conditioning["pooled_prompt_embeds"],
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            pooled_projections=conditioning["pooled_projections"],
             return_dict=False,
         )[0]
         return output
@@ -82,6 +82,7 @@ class World:
             t=t,
             needs=CRD(config).needs,
             uncond=self.backbone.encode([""]),
+            trained_guidance=1.0,
             anchor_guidance=4.5,
             cache=cache,
             name=(0, "train"),

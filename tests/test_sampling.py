@@ -65,10 +65,10 @@ def test_equals_the_stock_pipeline(backbone: SD3Backbone, scale: float, height: 
     ours = draw(backbone, [0, 1, 2], scale=scale, micro_batch=2, height=height)
     cond, uncond = backbone.encode(PROMPTS), backbone.encode([""])
     stock = backbone.pipeline(
-        prompt_embeds=cond["prompt_embeds"][[0, 1, 0]],
-        pooled_prompt_embeds=cond["pooled_prompt_embeds"][[0, 1, 0]],
-        negative_prompt_embeds=uncond["prompt_embeds"].expand(3, -1, -1),
-        negative_pooled_prompt_embeds=uncond["pooled_prompt_embeds"].expand(3, -1),
+        prompt_embeds=cond["encoder_hidden_states"][[0, 1, 0]],
+        pooled_prompt_embeds=cond["pooled_projections"][[0, 1, 0]],
+        negative_prompt_embeds=uncond["encoder_hidden_states"].expand(3, -1, -1),
+        negative_pooled_prompt_embeds=uncond["pooled_projections"].expand(3, -1),
         latents=initial_noise(SEEDS[:3], backbone.latent_shape(height)),
         height=height,
         guidance_scale=scale,

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import SIDE, TOKENS, tiny_pipeline
 
-from crd.backbones import guided_velocity, load_backbone
+from crd.backbones import FAMILIES, guided_velocity, load_backbone
 from crd.backbones.sd3 import SD3Backbone
 from crd.errors import CRDError
 
@@ -41,17 +41,17 @@ def test_encode_equals_stock_and_is_detached(backbone: SD3Backbone) -> None:
     stock, _, stock_pooled, _ = backbone.pipeline.encode_prompt(
         PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=8
     )
-    assert encoded["prompt_embeds"].shape == (3, TOKENS + 8, 32)
-    torch.testing.assert_close(encoded["prompt_embeds"], stock)
-    torch.testing.assert_close(encoded["pooled_prompt_embeds"], stock_pooled)
+    assert encoded["encoder_hidden_states"].shape == (3, TOKENS + 8, 32)
+    torch.testing.assert_close(encoded["encoder_hidden_states"], stock)
+    torch.testing.assert_close(encoded["pooled_projections"], stock_pooled)
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in encoded.values())
-    assert not torch.allclose(encoded["prompt_embeds"][0], encoded["prompt_embeds"][1])
+    assert not torch.allclose(encoded["encoder_hidden_states"][0], encoded["encoder_hidden_states"][1])
 
 
 def test_encode_does_not_depend_on_the_batch(backbone: SD3Backbone) -> None:
     many = backbone.encode([f"word {index}" for index in range(40)])  # more than one chunk
     one = backbone.encode(["word 37"])
-    torch.testing.assert_close(many["prompt_embeds"][37:38], one["prompt_embeds"])
+    torch.testing.assert_close(many["encoder_hidden_states"][37:38], one["encoder_hidden_states"])
     with pytest.raises(ValueError, match="at least one prompt"):
         backbone.encode([])
 
@@ -62,11 +62,11 @@ def test_zero_sequence_length_leaves_the_t5_out() -> None:
     stock = tiny_pipeline(t5=False).encode_prompt(
         PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )[0]
-    assert with_t5.encode(PROMPTS)["prompt_embeds"].shape == (3, TOKENS, 32)
-    torch.testing.assert_close(with_t5.encode(PROMPTS)["prompt_embeds"], stock)
-    torch.testing.assert_close(without.encode(PROMPTS)["prompt_embeds"], stock)
+    assert with_t5.encode(PROMPTS)["encoder_hidden_states"].shape == (3, TOKENS, 32)
+    torch.testing.assert_close(with_t5.encode(PROMPTS)["encoder_hidden_states"], stock)
+    torch.testing.assert_close(without.encode(PROMPTS)["encoder_hidden_states"], stock)
     assert with_t5.pipeline.text_encoder_3 is not None
-    padded = SD3Backbone(tiny_pipeline(t5=False)).encode(["a"])["prompt_embeds"]
+    padded = SD3Backbone(tiny_pipeline(t5=False)).encode(["a"])["encoder_hidden_states"]
     assert padded.shape == (1, TOKENS + 256, 32)  # the stock rule: zeros in place of the missing T5
     assert padded[:, TOKENS:].abs().max() == 0
 
@@ -78,8 +78,8 @@ def test_velocity_is_the_transformer_at_a_thousand_t(backbone: SD3Backbone) -> N
         stock = backbone.pipeline.transformer(
             hidden_states=x_t,
             timestep=torch.tensor([100.0, 500.0, 900.0]),
-            encoder_hidden_states=conditioning["prompt_embeds"],
-            pooled_projections=conditioning["pooled_prompt_embeds"],
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            pooled_projections=conditioning["pooled_projections"],
         ).sample
     torch.testing.assert_close(ours, stock)
     with pytest.raises(ValueError, match="equal rows"):
@@ -203,10 +203,10 @@ def test_load_backbone_tells_bad_models_in_one_line(saved: Path, tmp_path: Path)
     assert "no model at" in message("just-a-name")
     assert "no model at" in message("./missing/folder")
     assert "no model_index.json" in message(tmp_path)
-    other = tmp_path / "flux"
+    other = tmp_path / "other"
     other.mkdir()
-    (other / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    assert "FluxPipeline; supported pipelines: StableDiffusion3Pipeline" in message(other)
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "LuminaPipeline"}))
+    assert f"LuminaPipeline; supported pipelines: {', '.join(sorted(FAMILIES))}" in message(other)
     (other / "model_index.json").write_text("{")
     assert "cannot read" in message(other)
     (other / "model_index.json").write_bytes((saved / "model_index.json").read_bytes())

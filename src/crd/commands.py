@@ -23,7 +23,7 @@ from crd.console import console
 from crd.data import load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import EVAL_SEED, Evaluator, SamplingSettings, draw, encode_prompts
+from crd.evaluation import EVAL_SEED, Evaluator, SamplingSettings, draw, encode_unconditional
 from crd.export import export_lora, export_pipeline
 from crd.geneval.benchmark import GenEvalSuite
 from crd.geneval.detectors import judge_settings
@@ -88,12 +88,12 @@ def sample(args: argparse.Namespace) -> None:
     engine = _engine(args, run_config(args.target))
     model = _load(args, engine)
     batch = prompt_batch(dataset, range(len(dataset)), args.images, _seed(args, model), EVAL_SEED)
-    scales = args.guidance or [1.0]
+    scales = _scales(args, model)
     base_scales = scales if args.base_guidance is None else [*scales, args.base_guidance]
     lines = [("base", ANCHOR, scale) for scale in base_scales]
     if model.role != ANCHOR:
         lines += [("trained", model.role, scale) for scale in scales]
-    uncond = encode_prompts(model.backbone, engine, [""])
+    uncond = encode_unconditional(model.backbone, engine, *_size(args, model))
     rows = []
     for name, role, scale in lines:
         title = name if scale == 1 else f"{name}, CFG {scale:g}"
@@ -142,7 +142,7 @@ def compare(args: argparse.Namespace) -> None:
         model, evaluator = _evaluator(one, engine)
         if lines and not evaluator.draws(lines[0].record):
             raise CRDError(NO_PAIRS)  # before the time is spent on images
-        lines += [Line(target, evaluator(model.role, scale).record) for scale in args.guidance or [1.0]]
+        lines += [Line(target, evaluator(model.role, scale).record) for scale in _scales(args, model)]
     if len(lines) < 2:
         raise CRDError(f"nothing to compare: got one evaluation, {lines[0].title}; name a second model")
     console.print(comparison_table(lines))
@@ -180,8 +180,9 @@ def _evaluator(args: argparse.Namespace, engine: Engine) -> tuple[LoadedModel, E
         scorers.self_test()
     model = _load(args, engine)
     return model, Evaluator(
-        model.backbone, model.snapshots, engine, rewards, held_out, dataset, _settings(args, model, 1.0),
-        encode_prompts(model.backbone, engine, [""]),
+        model.backbone, model.snapshots, engine, rewards, held_out, dataset,
+        _settings(args, model, _plain_scale(model)),
+        encode_unconditional(model.backbone, engine, *_size(args, model)),
         anchor_guidance=(model.config or CRDConfig()).anchor_guidance, images_per_prompt=args.images or 1,
         seed=_seed(args, model),
     )  # fmt: skip
@@ -202,7 +203,7 @@ def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
     model = _load(args, engine)
     suite.check_size(*_size(args, model))
     batch = prompt_batch(dataset, range(len(dataset)), args.images or 4, _seed(args, model), EVAL_SEED)
-    uncond = encode_prompts(model.backbone, engine, [""])
+    uncond = encode_unconditional(model.backbone, engine, *_size(args, model))
     results: list[dict[str, Any]] = []
     for role, scale in _lines(args, model):
         with model.snapshots.use(role) as denoiser:
@@ -222,7 +223,7 @@ def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _lines(args: argparse.Namespace, model: LoadedModel) -> list[tuple[str, float]]:
     """What is compared: the base model and the trained one, each at every guidance scale."""
-    return [(role, scale) for role in dict.fromkeys((ANCHOR, model.role)) for scale in (args.guidance or [1.0])]
+    return [(role, scale) for role in dict.fromkeys((ANCHOR, model.role)) for scale in _scales(args, model)]
 
 
 def _name(args: argparse.Namespace, role: str) -> str:
@@ -272,7 +273,19 @@ def _load(args: argparse.Namespace, engine: Engine) -> LoadedModel:
 def _settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> SamplingSettings:
     config = model.config
     steps = args.steps or (config.eval_steps if config is not None else CRDConfig.eval_steps)
-    return SamplingSettings(steps, guidance, args.batch, *_size(args, model))
+    solver = CRDConfig.solver if config is None else config.solver
+    return SamplingSettings(steps, guidance, args.batch, *_size(args, model), solver)
+
+
+def _scales(args: argparse.Namespace, model: LoadedModel) -> list[float]:
+    """Guidance scales: as given, else that of the model as it is."""
+    return args.guidance or [_plain_scale(model)]
+
+
+def _plain_scale(model: LoadedModel) -> float:
+    """Guidance scale of a model as it is: no CFG, or what it was trained with where the scale is its input."""
+    backbone, config = model.backbone, model.config
+    return backbone.stock_scale if config is None else backbone.trained_scale(config.rollout_guidance)
 
 
 def _size(args: argparse.Namespace, model: LoadedModel) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import yaml
 from crd.advantages import KL_GATES, NORMALIZATIONS
 from crd.alarm import ACTIONS
 from crd.errors import CRDError
-from crd.flow import TIMESTEP_MODES
+from crd.flow import SOLVERS, TIMESTEP_MODES
 from crd.objectives import objective_class
 from crd.objectives.crd import CRDObjectiveConfig
 from crd.schedules import LearningRate, RampDecay
@@ -54,6 +54,7 @@ class CRDConfig:
     # Rollouts.
     rollout_steps: int = 10
     rollout_guidance: float = 1.0
+    solver: str = "euler"  # of rollouts and evaluation
     height: int | None = None  # None = the model's default
     width: int | None = None
 
@@ -133,6 +134,7 @@ class CRDConfig:
         _check_choice("kl_gate", self.kl_gate, KL_GATES)
         _check_choice("reward_normalization", self.reward_normalization, NORMALIZATIONS)
         _check_choice("alarm", self.alarm, ACTIONS)
+        _check_choice("solver", self.solver, SOLVERS)
         if self.alarm == "raise_kl" and self.kl_max == 0:
             raise CRDError("alarm=raise_kl needs an anchor to strengthen, got kl_max=0; set kl_max, or use stop")
         _check_choice("finetune", self.finetune, ("lora", "full"))

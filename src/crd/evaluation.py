@@ -16,6 +16,7 @@ from crd.console import progress_steps
 from crd.data import PromptDataset, prompt_batch
 from crd.engine import Engine
 from crd.eval_record import EvalRecord, rounded
+from crd.flow import EULER
 from crd.metrics.drift import velocity_drift
 from crd.metrics.held_out import HeldOutScores
 from crd.metrics.image_statistics import STATISTICS, group_diversity, image_statistics, thumbnails
@@ -39,6 +40,7 @@ class SamplingSettings:
     batch: int
     height: int | None
     width: int | None
+    solver: str = EULER
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,26 @@ class EvalResult:
         return [self.record.prompts[index] for index in self.record.prompt_id]
 
 
-def encode_prompts(backbone: Backbone, engine: Engine, prompts: list[str]) -> dict[str, Tensor]:
-    """Conditioning of P prompts, name -> (P, ...), floats in float32; "" is the unconditional prompt.
+def encode_prompts(
+    backbone: Backbone, engine: Engine, prompts: list[str], height: int | None = None, width: int | None = None
+) -> dict[str, Tensor]:
+    """Conditioning of P prompts for pictures of that size, name -> (P, ...), floats in float32.
 
     The one way from text to conditioning: guidance must not mix a prompt under autocast with a "" that was not.
     """
     with engine.autocast():
-        encoded = backbone.encode(prompts)
+        return _in_float32(backbone.encode(prompts, height, width))
+
+
+def encode_unconditional(
+    backbone: Backbone, engine: Engine, height: int | None = None, width: int | None = None
+) -> dict[str, Tensor]:
+    """Conditioning that CFG moves away from, name -> (1, ...), as `encode_prompts` gives it; {} without CFG."""
+    with engine.autocast():
+        return _in_float32(backbone.unconditional(height, width))
+
+
+def _in_float32(encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in encoded.items()}
 
 
@@ -89,7 +104,7 @@ def draw(
     distinct = list(dict.fromkeys(batch.prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     with engine.ranks.together():
-        tensors = encode_prompts(backbone, engine, distinct)
+        tensors = encode_prompts(backbone, engine, distinct, settings.height, settings.width)
     conditioning = Conditioning(tensors, torch.tensor([row_of[prompt] for prompt in batch.prompts]))
     with progress_steps(title) as progress, engine.autocast():
         x0 = sample(
@@ -104,6 +119,7 @@ def draw(
             width=settings.width,
             micro_batch=settings.batch,
             progress=progress,
+            solver=settings.solver,
         )
         images = backbone.decode(x0, chunk=settings.batch)
     return Rollout(x0, conditioning, images, batch)

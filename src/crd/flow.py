@@ -10,6 +10,8 @@ from torch import Tensor
 from crd.errors import CRDError
 
 TIMESTEP_MODES = ("rollout_grid", "uniform", "stratified")
+EULER, DPM = "euler", "dpmsolver++"
+SOLVERS = (EULER, DPM)  # of the ODE dx/dt = v(x, t)
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crd.advantages import Advantages
 from crd.backbones.base import Backbone, guided_velocity
@@ -63,6 +63,7 @@ def draw_times(draws: Draws, sigmas: Tensor, rows: Rows, *name: int | str) -> Te
 class RowVelocities:
     """Callable of the engine: velocities of policy, `old` and anchor at the rows' own (t, noise).
 
+    All are scaled alike so that their errors are those of what the network itself predicts (epsilon, say).
     The references do not depend on the gradient: with `cache` they are computed once for both passes. `rows` are those
     of all processes, and the engine calls for rows whose images are in this one's `rollout`.
     """
@@ -75,6 +76,7 @@ class RowVelocities:
     t: Tensor  # (N,)
     needs: frozenset[str]
     uncond: Mapping[str, Tensor]
+    trained_guidance: float  # of policy and `old`
     anchor_guidance: float
     cache: bool
     name: tuple[int | str, ...]  # of the noise
@@ -99,14 +101,23 @@ class RowVelocities:
         conditioning = self.rollout.conditioning.select(place).gather()
         references = self._references(index, x_t, t, conditioning)
         with self.snapshots.use(POLICY) as policy, self.engine.autocast():
-            velocity = self.backbone.velocity(policy, x_t, t, conditioning)
+            velocity = self._velocity(policy, x_t, t, conditioning, self.trained_guidance)
         return DenoiserOutputs(
             policy=velocity,
             old=references.get(OLD),
             anchor=references.get(ANCHOR),
-            target=velocity_target(x0, noise),
+            target=self._scaled(velocity_target(x0, noise), t),
             t=t,
         )
+
+    def _velocity(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor], guidance: float
+    ) -> Tensor:
+        velocity = guided_velocity(self.backbone, denoiser, x_t, t, conditioning, self.uncond, guidance)
+        return self._scaled(velocity, t)
+
+    def _scaled(self, velocity: Tensor, t: Tensor) -> Tensor:
+        return velocity * self.backbone.target_scale(t)[:, None, None, None]
 
     @torch.no_grad()
     def _references(self, index: Tensor, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,12 +127,10 @@ class RowVelocities:
         found: dict[str, Tensor] = {}
         if OLD in self.needs:
             with self.snapshots.use(OLD) as old, self.engine.autocast():
-                found[OLD] = self.backbone.velocity(old, x_t, t, conditioning)
+                found[OLD] = self._velocity(old, x_t, t, conditioning, self.trained_guidance)
         if ANCHOR in self.needs:
             with self.snapshots.use(ANCHOR) as anchor, self.engine.autocast():
-                found[ANCHOR] = guided_velocity(
-                    self.backbone, anchor, x_t, t, conditioning, self.uncond, self.anchor_guidance
-                )
+                found[ANCHOR] = self._velocity(anchor, x_t, t, conditioning, self.anchor_guidance)
         if self.cache:
             self._cached[key] = found
         return found

@@ -76,7 +76,11 @@ def load_parts(
 def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
     """The grid of rollouts; settings that only the model can judge are refused here, before a run folder exists."""
     backbone.latent_shape(config.height, config.width)
-    sigmas = backbone.sigmas(config.rollout_steps, config.height, config.width)
+    for scale in (config.rollout_guidance, config.anchor_guidance, *config.eval_base_guidance):
+        backbone.check_scale(scale)
+    if config.weighting == "likelihood" and not backbone.flow:
+        raise CRDError("weighting=likelihood is for flow matching, got a DDPM model; use adaptive or unit")
+    sigmas = backbone.grid(config.rollout_steps, config.height, config.width, config.solver).sigmas
     once = generator(config.seed)
     draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once)
     return sigmas

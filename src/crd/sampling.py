@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from crd.backbones.base import Backbone, guided_velocity
-from crd.errors import CRDError
+from crd.flow import EULER
 from crd.records import Conditioning
-
-SOLVERS = ("euler",)
 
 
 def initial_noise(image_seed: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,50 +43,49 @@ def sample(
     width: int | None = None,
     micro_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    solver: str = "euler",
+    solver: str = EULER,
 ) -> Tensor:
-    """Integrate the probability-flow ODE from noise to data: `x <- x + (σ_next - σ) v(x, σ)`, in float32.
+    """Integrate the probability-flow ODE `dx/dt = v(x, t)` from noise to data, in float32.
 
     Args:
-        backbone: The model family; its scheduler gives the grid σ.
+        backbone: The model family; its scheduler gives the grid.
         denoiser: The network to evaluate (the module of a role).
         conditioning: Of B images.
         image_seed: B integers, see `initial_noise`.
-        num_steps: Euler steps.
-        guidance_scale: 1 = no guidance.
-        uncond: Encoding of "", name -> (1, ...); needed when `guidance_scale` is not 1.
+        num_steps: Steps, each one denoiser call (two of unequal texts under CFG).
+        guidance_scale: 1 = no CFG.
+        uncond: `backbone.unconditional()`, name -> (1, ...); needed for CFG.
         height: Pixels; None = the model's default.
         width: Pixels; None = the model's default.
         micro_batch: Images per denoiser call; None = all at once.
         progress: Called as `progress(done, total)` after each denoiser step of each micro-batch.
-        solver: Only "euler".
+        solver: "euler" or "dpmsolver++".
 
     Returns:
         x0 (B, C, H, W) float32 on the backbone's device.
 
     Raises:
         ValueError: lengths disagree or `micro_batch` is not positive.
-        CRDError: unknown solver, or a size the model cannot draw.
+        CRDError: unknown solver, a size the model cannot draw, or guidance that it does not take.
     """
-    if solver not in SOLVERS:
-        raise CRDError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
     total = len(image_seed)
     if total == 0 or len(conditioning) != total:
         raise ValueError(f"conditioning and image_seed must have equal length > 0, got {len(conditioning)}, {total}")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
     rows_per_call = total if micro_batch is None else micro_batch
-    sigmas = backbone.sigmas(num_steps, height, width)
+    grid = backbone.grid(num_steps, height, width, solver)
     noise = initial_noise(image_seed, backbone.latent_shape(height, width))
     calls = num_steps * -(-total // rows_per_call)
     finished: list[Tensor] = []
     for rows in torch.arange(total).split(rows_per_call):
         cond = conditioning.select(rows.to(conditioning.row.device)).gather()
-        x = noise[rows].to(backbone.device)
+        x = grid.start * noise[rows].to(backbone.device)
+        advance = grid.stepper()
         for step in range(num_steps):
-            t = sigmas[step].expand(len(rows)).to(backbone.device)
+            t = grid.times[step].expand(len(rows)).to(backbone.device)
             v = guided_velocity(backbone, denoiser, x, t, cond, uncond, guidance_scale)
-            x = x + (sigmas[step + 1] - sigmas[step]).item() * v
+            x = advance(step, x, v)
             if progress is not None:
                 progress(len(finished) * num_steps + step + 1, calls)
         finished.append(x)

@@ -15,7 +15,7 @@ from crd.console import console
 from crd.data import Prompts, count_shared
 from crd.engine import Engine
 from crd.errors import CRDError, PeerLostError
-from crd.evaluation import EvalResult, Evaluator, SamplingSettings, draw, encode_prompts
+from crd.evaluation import EvalResult, Evaluator, SamplingSettings, draw, encode_unconditional
 from crd.export import export_lora, export_pipeline
 from crd.loading import build_optimizer, checkpoint_number
 from crd.objectives import objective_class
@@ -80,7 +80,8 @@ class CRDTrainer:
         self.snapshots.adopt(self.engine.prepare(self.snapshots.module), sharded=self.engine.sharded)
         self.optimizer = self.engine.prepare_optimizer(build_optimizer(self.snapshots, config))
         self.objective = objective_class(config.objective)(config.objective_config())
-        self.uncond = encode_prompts(self.backbone, self.engine, [""])
+        self.trained_guidance = self.backbone.trained_scale(config.rollout_guidance)
+        self.uncond = encode_unconditional(self.backbone, self.engine, config.height, config.width)
         self.watch = self._build_watch()
 
     def _build_watch(self) -> Watch | None:
@@ -88,7 +89,9 @@ class CRDTrainer:
         config = self.args
         if self.eval_data is None:
             return None
-        settings = SamplingSettings(config.eval_steps, 1.0, config.rollout_batch, config.height, config.width)
+        settings = SamplingSettings(
+            config.eval_steps, self.trained_guidance, config.rollout_batch, config.height, config.width, config.solver
+        )
         evaluator = Evaluator(
             self.backbone, self.snapshots, self.engine, self.rewards, self.held_out, self.eval_data, settings,
             self.uncond, config.anchor_guidance, config.eval_images, config.seed,
@@ -205,8 +208,9 @@ class CRDTrainer:
         """This process's images of an update, from `sampler`."""
         config = self.args
         settings = SamplingSettings(
-            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width
-        )
+            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width,
+            config.solver,
+        )  # fmt: skip
         with self.snapshots.use(SAMPLER if config.decouple_sampler else OLD) as sampler:
             return draw(self.backbone, sampler, self.engine, plan.own, settings, self.uncond, "rollout")
 
@@ -232,6 +236,7 @@ class CRDTrainer:
             t=t,
             needs=self.objective.needs,
             uncond=self.uncond,
+            trained_guidance=self.trained_guidance,
             anchor_guidance=self.args.anchor_guidance,
             cache=self.args.cache_references,
             name=name,
@@ -271,8 +276,10 @@ class CRDTrainer:
             "optimizer_steps": float(self.progress.optimizer_steps),
         }
 
-    def evaluate(self, role: str = POLICY, guidance: float = 1.0) -> EvalResult:
+    def evaluate(self, role: str = POLICY, guidance: float | None = None) -> EvalResult:
         """What a role ("policy", "anchor" = the base model, ...) does on the evaluation prompts.
+
+        `guidance` is its guidance scale; None = as the policy is trained, without CFG.
 
         Raises:
             CRDError: the trainer has no evaluation prompts.

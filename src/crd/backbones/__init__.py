@@ -20,6 +20,9 @@ __all__ = ["FAMILIES", "TINY_SD3", "Backbone", "guided_velocity", "load_backbone
 # Pipeline class -> where its backbone lives. A new family is one file and one line here.
 FAMILIES: dict[str, str] = {
     "StableDiffusion3Pipeline": "crd.backbones.sd3:SD3Backbone",
+    "StableDiffusionPipeline": "crd.backbones.unet:StableDiffusionBackbone",
+    "StableDiffusionXLPipeline": "crd.backbones.unet:StableDiffusionXLBackbone",
+    "FluxPipeline": "crd.backbones.flux:FluxBackbone",
 }
 
 TINY_SD3 = "tiny-sd3"  # the model that ships inside the package
@@ -39,7 +42,7 @@ def load_backbone(
         model: "tiny-sd3" (bundled), a folder in diffusers format, a hub id `owner/name`, or a pipeline.
         dtype: Of the weights; None = float32 for what is loaded here, unchanged for a pipeline object.
         device: Where the model goes.
-        max_sequence_length: T5 tokens per prompt; None = the folder's `crd.json` if it has one, else 256.
+        max_sequence_length: Text tokens per prompt; None = that of the folder's `crd.json`, else the stock default.
 
     Returns:
         The backbone; all its weights are frozen and in eval mode.

@@ -10,6 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from crd.backbones.solvers import Grid
+from crd.errors import CRDError
+from crd.flow import EULER
+
+# How a model is guided. "cfg": by its unconditional velocity. "embedded": the scale is an input of the network, which
+# was distilled to answer with the guided velocity. "none": distilled to one fixed behaviour.
+CFG, EMBEDDED, UNGUIDED = "cfg", "embedded", "none"
+
 
 class Backbone(ABC):
     """One diffusers family: text in, velocities and pictures out; it knows no algorithm and no reward.
@@ -25,6 +33,9 @@ class Backbone(ABC):
     pipeline: Any  # the diffusers pipeline; its attributes differ by family
     denoiser: nn.Module  # the trainable network
     device: torch.device
+    flow: ClassVar[bool]  # trained by flow matching; False: on a DDPM path
+    guidance: str = CFG
+    stock_scale: float = 1.0  # what "embedded" guidance is in the stock pipeline; 1 elsewhere: no guidance
 
     @property
     @abstractmethod
@@ -36,16 +47,20 @@ class Backbone(ABC):
         """Shape (C, H, W) of the latent of one image of `height` x `width` pixels (None = default size)."""
 
     @abstractmethod
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Conditioning of P prompts: name -> (P, ...), detached; "" is the unconditional prompt."""
+    def encode(self, prompts: list[str], height: int | None = None, width: int | None = None) -> dict[str, Tensor]:
+        """Conditioning of P prompts for pictures of that size: name -> (P, ...), detached."""
+
+    @abstractmethod
+    def unconditional(self, height: int | None = None, width: int | None = None) -> dict[str, Tensor]:
+        """Conditioning that CFG moves away from, name -> (1, ...); {} for a model without CFG."""
 
     @abstractmethod
     def velocity(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Predicted `noise - x0`: x_t (N, C, H, W), t (N,), conditioning name -> (N, ...); float32 result."""
 
     @abstractmethod
-    def sigmas(self, num_steps: int, height: int | None = None, width: int | None = None) -> Tensor:
-        """Time grid (num_steps + 1,) of the stock scheduler, float32 on CPU, descending, ending in 0."""
+    def grid(self, num_steps: int, height: int | None = None, width: int | None = None, solver: str = EULER) -> Grid:
+        """Time grid of the stock scheduler of `solver`."""
 
     @abstractmethod
     def settings(self) -> dict[str, int]:
@@ -54,6 +69,31 @@ class Backbone(ABC):
     @abstractmethod
     def decode(self, latents: Tensor, chunk: int = 16) -> list[Image.Image]:
         """Pictures of latents (N, C, H, W), decoded `chunk` at a time."""
+
+    def sigmas(self, num_steps: int, height: int | None = None, width: int | None = None) -> Tensor:
+        """Times (num_steps + 1,) of the Euler grid, float32 on CPU, descending, ending in 0."""
+        return self.grid(num_steps, height, width).sigmas
+
+    def target_scale(self, t: Tensor) -> Tensor:
+        """Error of what the network itself predicts over the error of the velocity, (N,); 1 for flow matching."""
+        return torch.ones_like(t)
+
+    def combine(self, v_uncond: Tensor, v_cond: Tensor, scale: float) -> Tensor:
+        """Guided velocity `v(∅) + w (v(c) - v(∅))` of (N, C, H, W) each."""
+        return v_uncond + scale * (v_cond - v_uncond)
+
+    def trained_scale(self, rollout_guidance: float) -> float:
+        """Guidance weight of policy and `old`: 1, but where it is an input of the network, that of the rollouts."""
+        return rollout_guidance if self.guidance == EMBEDDED else 1.0
+
+    def check_scale(self, scale: float) -> None:
+        """Refuse guidance of a model that has none.
+
+        Raises:
+            CRDError: `scale` is not 1 and the model was distilled to do without.
+        """
+        if self.guidance == UNGUIDED and scale != 1.0:
+            raise CRDError(f"{self.name}: this model is distilled and takes no guidance, got scale {scale:g}; use 1")
 
 
 def guided_velocity(
@@ -65,9 +105,10 @@ def guided_velocity(
     uncond: Mapping[str, Tensor] | None,
     scale: float,
 ) -> Tensor:
-    """Velocity under classifier-free guidance: `v(∅) + w (v(c) - v(∅))`.
+    """Velocity under guidance of weight w: `v(∅) + w (v(c) - v(∅))`, or `v(c, w)` where w is an input of the network.
 
-    One call of 2N rows, unconditional first as in the stock pipelines; at w = 1 one plain call of N rows.
+    CFG is one call of 2N rows, unconditional first as in the stock pipelines, or two calls where texts of unequal
+    length do not fit in one; at w = 1 it is one plain call of N rows.
 
     Args:
         backbone: The model family.
@@ -75,30 +116,39 @@ def guided_velocity(
         x_t: (N, C, H, W) noisy latents.
         t: (N,) times in [0, 1].
         cond: name -> (N, ...), one row per latent.
-        uncond: name -> (1, ...) or (N, ...), the encoding of ""; may be None only when `scale` is 1.
+        uncond: name -> (1, ...) or (N, ...), `backbone.unconditional()`; read for CFG with w other than 1 alone.
         scale: Guidance weight w.
 
     Returns:
         (N, C, H, W) float32.
 
     Raises:
+        CRDError: guidance is asked of a model without.
         ValueError: guidance is asked for without `uncond`, or its rows fit neither 1 nor N.
 
     Source: Ho & Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598, equation 6, with
-    w = 1 + their weight.
+    w = 1 + their weight; Meng et al., "On Distillation of Guided Diffusion Models", arXiv 2210.03142, for v(c, w).
     """
+    backbone.check_scale(scale)
+    if backbone.guidance == EMBEDDED:
+        weight = torch.full((len(x_t),), scale, dtype=torch.float32, device=backbone.device)
+        return backbone.velocity(denoiser, x_t, t, {**cond, "guidance": weight})
     if scale == 1.0:
         return backbone.velocity(denoiser, x_t, t, cond)
     if uncond is None:
-        raise ValueError(f"guidance scale {scale} needs `uncond`, got None; pass backbone.encode([''])")
+        raise ValueError(f"guidance scale {scale} needs `uncond`, got None; pass backbone.unconditional()")
     rows = len(x_t)
-    both: dict[str, Tensor] = {}
+    negative: dict[str, Tensor] = {}
     for name, positive in cond.items():
-        negative = uncond[name]
-        if len(negative) not in (1, rows):
-            raise ValueError(f"uncond[{name!r}] must have 1 or {rows} rows, got {len(negative)}; encode '' once")
-        negative = negative.to(positive.device, positive.dtype).expand(rows, *negative.shape[1:])
-        both[name] = torch.cat([negative, positive])
-    v_both = backbone.velocity(denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-    v_uncond, v_cond = v_both.chunk(2)
-    return v_uncond + scale * (v_cond - v_uncond)
+        tensor = uncond[name]
+        if len(tensor) not in (1, rows):
+            raise ValueError(f"uncond[{name!r}] must have 1 or {rows} rows, got {len(tensor)}; encode '' once")
+        negative[name] = tensor.to(positive.device, positive.dtype).expand(rows, *tensor.shape[1:])
+    if any(negative[name].shape != cond[name].shape for name in cond):
+        v_uncond = backbone.velocity(denoiser, x_t, t, negative)
+        v_cond = backbone.velocity(denoiser, x_t, t, cond)
+    else:
+        both = {name: torch.cat([negative[name], cond[name]]) for name in cond}
+        v_both = backbone.velocity(denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        v_uncond, v_cond = v_both.chunk(2)
+    return backbone.combine(v_uncond, v_cond, scale)

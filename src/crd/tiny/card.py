@@ -23,7 +23,7 @@ from crd.backbones import load_backbone
 from crd.data import load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import SamplingSettings, draw, encode_prompts
+from crd.evaluation import SamplingSettings, draw, encode_unconditional
 from crd.tiny.evaluation import STEPS, Results, evaluate_scales, scales_grid
 from crd.tiny.objects import DRAWINGS
 from crd.tiny.pretrain import CAPTION_DROPOUT, CAPTION_NOISE
@@ -43,7 +43,7 @@ LICENCES = {
 def sampling_speed(folder: Path) -> float:
     """Images per second at 10 steps without guidance, decoding included."""
     backbone, engine = load_backbone(folder), Engine("auto", "cpu")
-    dataset, uncond = load_prompts("world:test:96"), encode_prompts(backbone, engine, [""])
+    dataset, uncond = load_prompts("world:test:96"), encode_unconditional(backbone, engine)
     batch = prompt_batch(dataset, range(96), 1, 0, "speed")
     best = 0.0
     for _ in range(3):

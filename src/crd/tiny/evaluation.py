@@ -9,7 +9,7 @@ from PIL import Image
 
 from crd.data import load_prompts
 from crd.engine import Engine
-from crd.evaluation import EvalResult, Evaluator, SamplingSettings, encode_prompts
+from crd.evaluation import EvalResult, Evaluator, SamplingSettings, encode_unconditional
 from crd.grid import GridRow, draw_grid
 from crd.loading import load_model
 from crd.metrics.held_out import HeldOutScores
@@ -27,7 +27,7 @@ def evaluate_scales(folder: Path, prompts: str, reward: str, scales: tuple[float
     model, engine, dataset = load_model(folder), Engine("auto", "cpu"), load_prompts(prompts)
     evaluator = Evaluator(
         model.backbone, model.snapshots, engine, RewardSet([reward]), HeldOutScores((), dataset), dataset,
-        SamplingSettings(STEPS, 1.0, 32, None, None), encode_prompts(model.backbone, engine, [""]),
+        SamplingSettings(STEPS, 1.0, 32, None, None), encode_unconditional(model.backbone, engine),
         anchor_guidance=max(scales), images_per_prompt=1, seed=0,
     )  # fmt: skip
     return {scale: evaluator(ANCHOR, scale) for scale in scales}

@@ -1,0 +1,41 @@
+"""FLUX.1: a flow-matching transformer behind CLIP and T5; dev has the guidance scale as an input, schnell has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crd.backbones.base import EMBEDDED, UNGUIDED
+from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
+
+
+class FluxBackbone(PipelineBackbone):
+    """Adapter from `FluxPipeline` to `Backbone`."""
+
+    name = "flux"
+    pipeline_class = "FluxPipeline"
+    lora_targets = JOINT_ATTENTION
+    conditioning = ("encoder_hidden_states", "pooled_projections")
+    shared = ("txt_ids", "img_ids")
+    time_scale = 1.0
+
+    def __init__(
+        self, pipeline: Any, *, max_sequence_length: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(pipeline, max_sequence_length=max_sequence_length, device=device)
+        self.guidance, self.stock_scale = (EMBEDDED, 3.5) if self.config.guidance_embeds else (UNGUIDED, 1.0)
+
+    @property
+    def channels(self) -> int:
+        return int(self.config.in_channels) // 4
+
+    def pack(self, latents: Tensor) -> Tensor:
+        packed: Tensor = self.pipeline._pack_latents(latents.contiguous(), *latents.shape)
+        return packed
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        height, width = like.shape[2] * self.pixels, like.shape[3] * self.pixels
+        unpacked: Tensor = self.pipeline._unpack_latents(packed, height, width, self.pixels)
+        return unpacked
