@@ -71,7 +71,7 @@ class Case:
         if FAMILIES[self.name].length is not None:
             call["max_sequence_length"] = FAMILIES[self.name].length
         found.images = self.pipeline(
-            list(PROMPTS),
+            prompt=list(PROMPTS),
             height=self.size[0],
             width=self.size[1],
             num_inference_steps=STEPS,

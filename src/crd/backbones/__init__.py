@@ -23,6 +23,10 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "crd.backbones.unet:StableDiffusionBackbone",
     "StableDiffusionXLPipeline": "crd.backbones.unet:StableDiffusionXLBackbone",
     "FluxPipeline": "crd.backbones.flux:FluxBackbone",
+    "SanaPipeline": "crd.backbones.sana:SanaBackbone",
+    "QwenImagePipeline": "crd.backbones.qwen_image:QwenImageBackbone",
+    "ZImagePipeline": "crd.backbones.z_image:ZImageBackbone",
+    "Flux2KleinPipeline": "crd.backbones.flux2:Flux2KleinBackbone",
 }
 
 TINY_SD3 = "tiny-sd3"  # the model that ships inside the package

@@ -1,0 +1,48 @@
+"""FLUX.2 klein: a flow-matching transformer behind Qwen3, on 2x2 patches of batch-normalised latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crd.backbones.base import UNGUIDED
+from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
+
+
+class Flux2KleinBackbone(PipelineBackbone):
+    """Adapter from `Flux2KleinPipeline` to `Backbone`. A latent here is patched, (4 x channels of the VAE, H, W)."""
+
+    name = "flux2-klein"
+    pipeline_class = "Flux2KleinPipeline"
+    # In the single-stream blocks one matrix holds the attention's projections and the MLP's.
+    lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj")
+    conditioning = ("encoder_hidden_states", "txt_ids", "img_ids")
+    patch = 1
+    time_scale = 1.0
+
+    def __init__(
+        self, pipeline: Any, *, max_sequence_length: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(pipeline, max_sequence_length=max_sequence_length, device=device)
+        if pipeline.config.is_distilled:
+            self.guidance = UNGUIDED
+
+    @property
+    def pixels(self) -> int:
+        return 2 * super().pixels
+
+    def pack(self, latents: Tensor) -> Tensor:
+        packed: Tensor = self.pipeline._pack_latents(latents)
+        return packed
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        return packed.transpose(1, 2).reshape(like.shape)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1).to(latents)
+        pictures: Tensor = vae.decode(self.pipeline._unpatchify_latents(latents * std + mean), return_dict=False)[0]
+        return pictures
