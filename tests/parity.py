@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_families import FAMILIES, tiny_family
 from torch import Tensor
 
+from crd.advantages import group_advantages
 from crd.backbones import Backbone, guided_velocity, load_backbone
 from crd.config import CRDConfig
 from crd.export import export_lora
@@ -133,21 +134,15 @@ def watched(scheduler: Any, found: Stock) -> Any:
     return scheduler
 
 
-def rollout_difference(case: Case, solver: str, scale: float) -> float:
-    """Final latents of `sample` and of `pipe(...)`, relative to the largest latent."""
-    stock = case.stock(scale, solver)
-    expected = case.latents(stock.last)
-    return largest(case.ours(scale, solver) - expected) / max(1.0, largest(expected))
-
-
-def picture_difference(case: Case, latents: Tensor, images: list[Image.Image]) -> int:
-    """Our pictures of `latents` against `images`, in 1/255."""
-    return distance(case.backbone.decode(latents, chunk=2), images)
+def rollout_difference(case: Case, solver: str, scale: float) -> tuple[float, int]:
+    """`sample` against `pipe(...)`: final latents, relative to the largest one, and pictures in 1/255."""
+    stock, latents = case.stock(scale, solver), case.ours(scale, solver)
+    return relative(latents, case.latents(stock.last)), distance(case.backbone.decode(latents, chunk=2), stock.images)
 
 
 @torch.no_grad()
 def velocity_difference(case: Case, scale: float) -> float:
-    """Our velocity against what the stock pipeline handed its scheduler, in its own unit, at every step."""
+    """Our velocity against what the stock pipeline handed its scheduler, in its own unit, relative, at every step."""
     backbone, stock = case.backbone, case.stock(scale)
     cond, uncond = backbone.encode(PROMPTS, *case.size), backbone.unconditional(*case.size)
     grid = backbone.grid(STEPS, *case.size)
@@ -157,8 +152,7 @@ def velocity_difference(case: Case, scale: float) -> float:
         x_t = case.latents(point) if backbone.flow else point * (1 - t)
         times = t.expand(len(x_t))
         v = guided_velocity(backbone, backbone.denoiser, x_t, times, cond, uncond, scale)
-        expected = case.latents(handed)
-        worst = max(worst, largest(in_stock_unit(case, v, x_t, t) - expected) / max(1.0, largest(expected)))
+        worst = max(worst, relative(in_stock_unit(case, v, x_t, t), case.latents(handed)))
     return worst
 
 
@@ -186,7 +180,7 @@ def update_losses(name: str, folder: Path) -> tuple[float, float]:
     trainer = CRDTrainer(backbone, ["reward_functions:brightness"], config, train_dataset=PROMPTS)
     rollout = trainer.rollout(0)
     rewards = trainer.rewards.score(rollout.images, rollout.batch.prompts, rollout.batch.columns)
-    advantages = trainer_advantages(rewards.total, rollout.batch.group_id)
+    advantages = group_advantages(rewards.total, rollout.batch.group_id, clip=5.0)
     images = torch.arange(len(rollout.batch))
     draws = Draws(2, "rollout_grid", 0.99, True)
     rows = build_rows(rewards, advantages, torch.ones(len(images)), rollout.batch.group_id, images, 2)
@@ -199,14 +193,8 @@ def update_losses(name: str, folder: Path) -> tuple[float, float]:
     return before, after
 
 
-def trainer_advantages(total: Tensor, group_id: Tensor) -> Any:
-    from crd.advantages import group_advantages
-
-    return group_advantages(total, group_id, clip=5.0)
-
-
 def lora_difference(case: Case, folder: Path) -> tuple[float, int]:
-    """A random LoRA, exported and loaded by `pipe.load_lora_weights`: latents (relative) and pictures (1/255)."""
+    """A random LoRA, exported and loaded by `pipe.load_lora_weights`: as `rollout_difference`. It stays loaded."""
     backbone, scale = case.backbone, case.plain
     without = case.stock(scale).last
     snapshots = Snapshots(backbone.denoiser, "lora", LoraSettings(backbone.lora_targets, rank=2, alpha=4.0), roles=())
@@ -218,11 +206,14 @@ def lora_difference(case: Case, folder: Path) -> tuple[float, int]:
     case.pipeline.load_lora_weights(str(folder))
     stock = case.stock(scale)
     assert largest(stock.last - without) > 1e-2  # the LoRA does something
-    expected = case.latents(stock.last)
     with snapshots.use("policy") as policy:
         latents = case.ours(scale, denoiser=policy)
-    pictures = picture_difference(case, latents, stock.images)
-    return largest(latents - expected) / max(1.0, largest(expected)), pictures
+    return relative(latents, case.latents(stock.last)), distance(backbone.decode(latents), stock.images)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, over the largest number where that is above 1."""
+    return largest(found - expected) / max(1.0, largest(expected))
 
 
 def distance(first: list[Image.Image], second: list[Image.Image]) -> int:
