@@ -30,8 +30,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers.pre_tokenizers import ByteLevel
 from tiny_pipelines import HIDDEN, SIDE, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer, tiny_pipeline, vae
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextModel,
     Gemma2Config,

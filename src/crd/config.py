@@ -23,7 +23,8 @@ BASE_DTYPES = ("float32", "bfloat16")
 # What a resumed run may change: everything else would make it another run.
 RESUMABLE = frozenset({
     "updates", "eval_every", "save_every", "keep_checkpoints", "micro_batch", "rollout_batch", "cache_references",
-    "threads", "peer_timeout", "device", "tensorboard", "wandb", "eval_base_guidance", "alarm",
+    "vae_slicing", "attention_backend", "compile", "cache_prompts", "threads", "peer_timeout", "device", "tensorboard",
+    "wandb", "eval_base_guidance", "alarm",
 })  # fmt: skip
 
 
@@ -114,6 +115,10 @@ class CRDConfig:
     rollout_batch: int = 32  # images per denoiser call in rollouts and evaluation
     cache_references: bool = True  # keep old/anchor velocities of one optimizer step instead of recomputing
     gradient_checkpointing: bool = False
+    vae_slicing: bool = False  # decode one picture at a time
+    attention_backend: str | None = None  # of diffusers; None = its default
+    compile: str = "no"  # "regional": the repeated blocks of the denoiser
+    cache_prompts: bool = False  # encode all prompts of the run first, then let the text encoders leave the device
     threads: int | None = None  # CPU threads of torch; None = torch's choice
     peer_timeout: float = 1800.0  # s that a process of several waits for the others
 
@@ -135,6 +140,7 @@ class CRDConfig:
         _check_choice("reward_normalization", self.reward_normalization, NORMALIZATIONS)
         _check_choice("alarm", self.alarm, ACTIONS)
         _check_choice("solver", self.solver, SOLVERS)
+        _check_choice("compile", self.compile, ("no", "regional"))
         if self.alarm == "raise_kl" and self.kl_max == 0:
             raise CRDError("alarm=raise_kl needs an anchor to strengthen, got kl_max=0; set kl_max, or use stop")
         _check_choice("finetune", self.finetune, ("lora", "full"))

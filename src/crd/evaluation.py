@@ -75,8 +75,12 @@ def encode_prompts(
 
     The one way from text to conditioning: guidance must not mix a prompt under autocast with a "" that was not.
     """
-    with engine.autocast():
-        return _in_float32(backbone.encode(prompts, height, width))
+
+    def encode(texts: list[str]) -> dict[str, Tensor]:
+        with engine.autocast():
+            return _in_float32(backbone.encode(texts, height, width))
+
+    return encode(prompts) if backbone.cache is None else backbone.cache.rows(prompts, (height, width), encode)
 
 
 def encode_unconditional(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,6 +15,7 @@ from crd.backbones import Backbone
 from crd.config import CRDConfig
 from crd.data import PromptDataset, Prompts
 from crd.errors import CRDError
+from crd.execution import compile_blocks, prepare_backbone
 from crd.flow import draw_timesteps
 from crd.loading import build_snapshots, judged_prompts, training_backbone
 from crd.metrics.held_out import HeldOutScores
@@ -66,10 +67,10 @@ def load_parts(
     for scorers in (rewards, held_out):
         scorers.use_device(str(device))
     backbone = training_backbone(config.model if model is None else model, config, device)
-    if config.gradient_checkpointing:
-        denoiser: Any = backbone.denoiser  # a diffusers model; nn.Module knows no such method
-        denoiser.enable_gradient_checkpointing()
+    prepare_backbone(backbone, config)
     snapshots = build_snapshots(backbone, config, (OLD, SAMPLER) if config.decouple_sampler else (OLD,))
+    if config.compile == "regional":
+        compile_blocks(backbone, snapshots)
     return RunParts(rewards, train_data, eval_data, held_out, backbone, snapshots, _sigmas(backbone, config))
 
 

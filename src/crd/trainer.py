@@ -16,6 +16,7 @@ from crd.data import Prompts, count_shared
 from crd.engine import Engine
 from crd.errors import CRDError, PeerLostError
 from crd.evaluation import EvalResult, Evaluator, SamplingSettings, draw, encode_unconditional
+from crd.execution import cache_prompts
 from crd.export import export_lora, export_pipeline
 from crd.loading import build_optimizer, checkpoint_number
 from crd.objectives import objective_class
@@ -116,6 +117,9 @@ class CRDTrainer:
                 self.books.create()
             else:
                 self._go_back(resume)
+            if self.args.cache_prompts:
+                model, folder = self.books.recorded.model, self.books.folder.path
+                cache_prompts(self.backbone, self.engine, self.args, model, folder, self.train_data, self.eval_data)
             try:
                 self._run(None if resume is False else self.progress.updates_done or BEFORE_ALL)
                 # The base model at each CFG scale asked for, on the same prompts and noise.

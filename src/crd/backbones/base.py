@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from crd.backbones.solvers import Grid
 from crd.errors import CRDError
 from crd.flow import EULER
+
+if TYPE_CHECKING:
+    from crd.prompt_cache import PromptCache
 
 # How a model is guided. "cfg": by its unconditional velocity. "embedded": the scale is an input of the network, which
 # was distilled to answer with the guided velocity. "none": distilled to one fixed behaviour.
@@ -29,10 +32,12 @@ class Backbone(ABC):
     name: ClassVar[str]
     denoiser_component: ClassVar[str]  # the denoiser's name among the pipeline's components
     lora_targets: ClassVar[tuple[str, ...]]  # default `target_modules` of a PEFT LoraConfig
+    repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's blocks, for regional compilation
 
     pipeline: Any  # the diffusers pipeline; its attributes differ by family
     denoiser: nn.Module  # the trainable network
     device: torch.device
+    cache: PromptCache | None = None  # conditioning that needs no text encoder
     flow: ClassVar[bool]  # trained by flow matching; False: on a DDPM path
     guidance: str = CFG
     stock_scale: float = 1.0  # what "embedded" guidance is in the stock pipeline; 1 elsewhere: no guidance
@@ -53,6 +58,10 @@ class Backbone(ABC):
     @abstractmethod
     def unconditional(self, height: int | None = None, width: int | None = None) -> dict[str, Tensor]:
         """Conditioning that CFG moves away from, name -> (1, ...); {} for a model without CFG."""
+
+    @abstractmethod
+    def park_encoders(self) -> None:
+        """Move the text encoders to the CPU; what still needs them afterwards is slow."""
 
     @abstractmethod
     def velocity(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ class FluxBackbone(PipelineBackbone):
     name = "flux"
     pipeline_class = "FluxPipeline"
     lora_targets = JOINT_ATTENTION
+    repeated_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     conditioning = ("encoder_hidden_states", "pooled_projections")
     shared = ("txt_ids", "img_ids")
     time_scale = 1.0

@@ -18,6 +18,7 @@ class Flux2KleinBackbone(PipelineBackbone):
     pipeline_class = "Flux2KleinPipeline"
     # In the single-stream blocks one matrix holds the attention's projections and the MLP's.
     lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj")
+    repeated_blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     conditioning = ("encoder_hidden_states", "txt_ids", "img_ids")
     patch = 1
     time_scale = 1.0

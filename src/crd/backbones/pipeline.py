@@ -154,7 +154,7 @@ class PipelineBackbone(Backbone):
         if self.max_sequence_length is not None:
             call["max_sequence_length"] = self.max_sequence_length
         scheduler = solver_scheduler(self.pipeline.scheduler, solver, self.flow)
-        if self._parked:
+        if self._parked:  # they come back for this call
             self._place_encoders(self.device)
         try:
             return record(self._stock, self.denoiser, scheduler, {**call, **self.call_options(scale, len(prompts))})
@@ -207,7 +207,6 @@ class PipelineBackbone(Backbone):
         return read_grid(recording.scheduler, solver, self.flow)
 
     def park_encoders(self) -> None:
-        """Move the text encoders to the CPU; whatever still needs them brings them back for that call."""
         self._parked = True
         self._place_encoders("cpu")
 

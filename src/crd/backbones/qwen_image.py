@@ -17,6 +17,7 @@ class QwenImageBackbone(PipelineBackbone):
     name = "qwen-image"
     pipeline_class = "QwenImagePipeline"
     lora_targets = JOINT_ATTENTION
+    repeated_blocks = ("QwenImageTransformerBlock",)
     conditioning = ("encoder_hidden_states", "encoder_hidden_states_mask")
     lengths = (1, 512, 1024)
 

@@ -17,6 +17,7 @@ class SanaBackbone(PipelineBackbone):
     name = "sana"
     pipeline_class = "SanaPipeline"
     lora_targets = ATTENTION
+    repeated_blocks = ("SanaTransformerBlock",)
     conditioning = ("encoder_hidden_states", "encoder_attention_mask")
     paired = True  # only prompts get the stock pipeline's instruction in front, "" as the negative does not
     lengths = (2, 300, 300)

@@ -32,6 +32,7 @@ class SD3Backbone(PipelineBackbone):
     # The projections adapted by the published SD3.5 runs (method.md). The second, image-only attention of
     # SD3.5-Medium (`attn2`) is left alone there too: these suffixes do not match it.
     lora_targets = JOINT_ATTENTION
+    repeated_blocks = ("JointTransformerBlock",)
     conditioning = ("encoder_hidden_states", "pooled_projections")
     lengths = (0, 256, 512)
 

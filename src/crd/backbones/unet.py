@@ -21,6 +21,7 @@ class StableDiffusionBackbone(PipelineBackbone):
     pipeline_class = "StableDiffusionPipeline"
     denoiser_component = "unet"
     lora_targets = ATTENTION
+    repeated_blocks = ("BasicTransformerBlock",)
     flow = False
     conditioning: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     lengths = None

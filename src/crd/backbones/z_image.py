@@ -18,6 +18,7 @@ class ZImageBackbone(PipelineBackbone):
     name = "z-image"
     pipeline_class = "ZImagePipeline"
     lora_targets = tuple(f"attention.{name}" for name in ATTENTION)
+    repeated_blocks = ("ZImageTransformerBlock",)
     conditioning = ("cap_feats", "length")
 
     @property
