@@ -146,14 +146,14 @@ def velocity_difference(case: Case, scale: float) -> float:
     backbone, stock = case.backbone, case.stock(scale)
     cond, uncond = backbone.encode(PROMPTS, *case.size), backbone.unconditional(*case.size)
     grid = backbone.grid(STEPS, *case.size)
-    worst = 0.0
+    found: list[float] = []
     for t, handed, point in zip(grid.times, stock.handed, stock.points, strict=True):
         # EulerDiscreteScheduler steps through x_vp / alpha = x_t / (1 - t).
         x_t = case.latents(point) if backbone.flow else point * (1 - t)
         times = t.expand(len(x_t))
         v = guided_velocity(backbone, backbone.denoiser, x_t, times, cond, uncond, scale)
-        worst = max(worst, relative(in_stock_unit(case, v, x_t, t), case.latents(handed)))
-    return worst
+        found.append(relative(in_stock_unit(case, v, x_t, t), case.latents(handed)))
+    return torch.tensor(found).max().item()  # not `max`: that would lose a nan
 
 
 def in_stock_unit(case: Case, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

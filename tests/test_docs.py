@@ -142,6 +142,13 @@ def test_every_bundled_reward_is_in_its_table() -> None:
     assert table == list(REGISTRY)
 
 
+def test_every_family_is_in_its_table_with_its_true_length() -> None:
+    text = (DOCS / "backbones.md").read_text()
+    assert re.findall(r"^\| `(\w+Pipeline)` \|", text, re.MULTILINE) == list(FAMILIES)
+    for target, lines in re.findall(r"\]\((\.\./src/crd/backbones/\w+\.py)\), (\d+)", text):
+        assert len((DOCS / target).read_text().splitlines()) == int(lines), target
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):

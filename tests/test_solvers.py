@@ -71,6 +71,14 @@ def test_the_shift_goes_from_one_scheduler_to_the_other() -> None:
     torch.testing.assert_close(told, told.round())
 
 
+def test_a_step_of_no_length_is_left_out() -> None:
+    own = FlowMatchEulerDiscreteScheduler()
+    own.sigma_min = 0.0
+    found = grid("euler", 4, own)
+    assert len(found.times) == 3
+    assert (found.sigmas.diff() < 0).all()
+
+
 def test_a_ddpm_grid_starts_where_the_stock_latents_do() -> None:
     own = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     for solver in ("euler", "dpmsolver++"):

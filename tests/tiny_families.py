@@ -224,16 +224,19 @@ def qwen_image() -> QwenImagePipeline:
 
 def z_image() -> ZImagePipeline:
     tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
+        axes_dims=[4, 6, 6], axes_lens=[128, 32, 32],
+    )  # fmt: skip
+    transformer.x_pad_token.data.normal_()
+    transformer.cap_pad_token.data.normal_()
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(),
         text_encoder=Qwen3Model(qwen3(tokenizer, layers=2)),
         tokenizer=tokenizer,
-        transformer=ZImageTransformer2DModel(
-            in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
-            axes_dims=[4, 6, 6], axes_lens=[128, 32, 32],
-        ),
-    )  # fmt: skip
+        transformer=transformer,
+    )
 
 
 def flux2_klein(distilled: bool) -> Flux2KleinPipeline:

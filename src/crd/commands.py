@@ -244,7 +244,7 @@ def export(args: argparse.Namespace) -> None:
     if model.role == ANCHOR and not args.merge:
         raise CRDError(f"{args.target} is a base model and has no LoRA; give a run, or --merge")
     folder = write(model.backbone, model.snapshots, args.out, role=model.role, overwrite=args.overwrite)
-    how = "StableDiffusion3Pipeline.from_pretrained" if args.merge else "pipe.load_lora_weights"
+    how = f"{type(model.backbone.pipeline).__name__}.from_pretrained" if args.merge else "pipe.load_lora_weights"
     console.print(f"wrote {folder}; load it with {how}({str(folder)!r})")
 
 

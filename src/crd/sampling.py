@@ -76,17 +76,18 @@ def sample(
     rows_per_call = total if micro_batch is None else micro_batch
     grid = backbone.grid(num_steps, height, width, solver)
     noise = initial_noise(image_seed, backbone.latent_shape(height, width))
-    calls = num_steps * -(-total // rows_per_call)
+    steps = len(grid.times)
+    calls = steps * -(-total // rows_per_call)
     finished: list[Tensor] = []
     for rows in torch.arange(total).split(rows_per_call):
         cond = conditioning.select(rows.to(conditioning.row.device)).gather()
         x = grid.start * noise[rows].to(backbone.device)
         advance = grid.stepper()
-        for step in range(num_steps):
+        for step in range(steps):
             t = grid.times[step].expand(len(rows)).to(backbone.device)
             v = guided_velocity(backbone, denoiser, x, t, cond, uncond, guidance_scale)
             x = advance(step, x, v)
             if progress is not None:
-                progress(len(finished) * num_steps + step + 1, calls)
+                progress(len(finished) * steps + step + 1, calls)
         finished.append(x)
     return torch.cat(finished)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from crd.backbones.base import EMBEDDED, UNGUIDED
@@ -22,10 +19,7 @@ class FluxBackbone(PipelineBackbone):
     shared = ("txt_ids", "img_ids")
     time_scale = 1.0
 
-    def __init__(
-        self, pipeline: Any, *, max_sequence_length: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(pipeline, max_sequence_length=max_sequence_length, device=device)
+    def configure(self) -> None:
         self.guidance, self.stock_scale = (EMBEDDED, 3.5) if self.config.guidance_embeds else (UNGUIDED, 1.0)
 
     @property

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from crd.backbones.base import UNGUIDED
@@ -23,11 +20,8 @@ class Flux2KleinBackbone(PipelineBackbone):
     patch = 1
     time_scale = 1.0
 
-    def __init__(
-        self, pipeline: Any, *, max_sequence_length: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(pipeline, max_sequence_length=max_sequence_length, device=device)
-        if pipeline.config.is_distilled:
+    def configure(self) -> None:
+        if self.pipeline.config.is_distilled:
             self.guidance = UNGUIDED
 
     @property

@@ -70,6 +70,10 @@ class PipelineBackbone(Backbone):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
+        self.configure()
+
+    def configure(self) -> None:
+        """What a family reads from its model; raises CRDError where it cannot use it."""
 
     def _length(self, given: int | None) -> int | None:
         if self.lengths is None:

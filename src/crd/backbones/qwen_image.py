@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
 from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
+from crd.errors import CRDError
 
 
 class QwenImageBackbone(PipelineBackbone):
@@ -20,6 +22,11 @@ class QwenImageBackbone(PipelineBackbone):
     repeated_blocks = ("QwenImageTransformerBlock",)
     conditioning = ("encoder_hidden_states", "encoder_hidden_states_mask")
     lengths = (1, 512, 1024)
+
+    def configure(self) -> None:
+        if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 37):
+            found = diffusers.__version__
+            raise CRDError(f"qwen-image needs diffusers 0.37 (older ones see padding as text), got {found}; upgrade")
 
     @property
     def channels(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crd.backbones.pipeline import ATTENTION, PipelineBackbone
@@ -22,10 +21,7 @@ class SanaBackbone(PipelineBackbone):
     paired = True  # only prompts get the stock pipeline's instruction in front, "" as the negative does not
     lengths = (2, 300, 300)
 
-    def __init__(
-        self, pipeline: Any, *, max_sequence_length: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(pipeline, max_sequence_length=max_sequence_length, device=device)
+    def configure(self) -> None:
         self.time_scale = 1000.0 * self.config.timestep_scale
 
     @property

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
-
-import torch
 
 from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
 from crd.errors import CRDError
@@ -36,12 +33,9 @@ class SD3Backbone(PipelineBackbone):
     conditioning = ("encoder_hidden_states", "pooled_projections")
     lengths = (0, 256, 512)
 
-    def __init__(
-        self, pipeline: Any, *, max_sequence_length: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(pipeline, max_sequence_length=max_sequence_length, device=device)
+    def configure(self) -> None:
         if self.max_sequence_length == 0:  # the T5 cannot encode zero tokens
-            self._stock = copy.copy(pipeline)
+            self._stock = copy.copy(self.pipeline)
             self._stock.text_encoder_3 = self._stock.tokenizer_3 = None
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:

@@ -116,6 +116,8 @@ def read_grid(scheduler: Any, solver: str, flow: bool) -> Grid:
         sigmas = levels.float()
         # DPMSolverMultistepScheduler rounds its timesteps down, and the stock denoiser is told those.
         told = scheduler.timesteps.cpu().float() / scheduler.config.num_train_timesteps
+        if len(sigmas) > 2 and sigmas[-2] == 0:  # the stock Z-Image of diffusers 0.37 ends on a step from 0 to 0
+            sigmas, told = sigmas[:-1], told[:-1]
         return Grid(sigmas, sigmas[:-1] if solver == EULER else told, 1.0, solver, options)
     sigmas = flow_time(levels.double())
     first = sigmas[0]

@@ -27,10 +27,7 @@ class StableDiffusionBackbone(PipelineBackbone):
     lengths = None
     patch = 1
 
-    def __init__(
-        self, pipeline: Any, *, max_sequence_length: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(pipeline, max_sequence_length=max_sequence_length, device=device)
+    def configure(self) -> None:
         if self.config.time_cond_proj_dim is not None:
             raise CRDError(f"{self.name}: U-Nets with an embedded guidance scale (LCM) are not supported; use another")
         settings = self.euler.config
