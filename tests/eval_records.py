@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from crd.eval_record import EvalRecord
+from crd.eval_record import EvalRecord, Protocol
 
 PROMPTS, IMAGES = 32, 2
+PROTOCOL = Protocol({"ocr": 1.0}, {"reward_ocr": "ocr", "held_out_clip": "clip=/models/clip"}, 64, 64, 4.5)
 DRIFT = {"kl_to_anchor": 0.1, "velocity_norm": 1.0}
 
 
@@ -38,6 +39,7 @@ def record(
 
     facts: dict[str, Any] = {
         "role": "policy", "guidance": 1.0, "steps": 10, "seed": 0, "prompts": [f"prompt {n}" for n in range(prompts)],
+        "protocol": PROTOCOL,
     }  # fmt: skip
     return EvalRecord(
         **{**facts, **changes},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 from conftest import PROMPTS
 from test_cli import refused
 
+from crd import evaluation_commands
 from crd.cli import main
 from crd.comparison import differences, read_evaluations
 from crd.config import CRDConfig
+from crd.loading import LoadedModel
 from crd.trainer import CRDTrainer
 
 REWARD = ["--reward", "reward_functions:brightness"]
@@ -116,6 +119,30 @@ def test_compare_runs_of_other_seeds_on_the_noise_of_the_first(
     assert [one["evaluation"]["seed"] for one in found] == [5, 5]
 
 
+def test_compare_names_the_base_of_those_that_take_one(
+    finished_run: Path, model_folder: Path, scores: list[str], tmp_path: Path
+) -> None:
+    """And has one model in memory at a time, whichever follows it."""
+    assert main(["export", str(finished_run), "--out", str(tmp_path / "lora")]) == 0
+    loaded: list[weakref.ref[Any]] = []
+    load = evaluation_commands.load_model
+
+    def watched_load(*arguments: Any, **options: Any) -> LoadedModel:
+        assert all(earlier() is None for earlier in loaded)
+        model = load(*arguments, **options)
+        loaded.append(weakref.ref(model.backbone.denoiser))
+        return model
+
+    targets = [str(finished_run), str(tmp_path / "lora"), str(model_folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_commands, "load_model", watched_load)
+        found = compared([*targets, *scores, "--base", str(model_folder)], tmp_path / "bases.json")
+    assert [one["model"] for one in found] == targets
+    assert len(loaded) == 3
+    assert found[1]["differences"]["reward"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert found[2]["differences"]["reward"]["mean"] != pytest.approx(0, abs=1e-3)
+
+
 def test_compare_refuses(
     model_folder: Path, finished_run: Path, scores: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,9 +151,14 @@ def test_compare_refuses(
     few = [*scores, "--prompts", str(tmp_path / "prompts.txt")]
     other = evaluated(model_folder, few, tmp_path / "other.json")
     seeded = evaluated(model_folder, [*scores, "--seed", "1"], tmp_path / "seeded.json")
+    failing = ["--reward", "reward_functions:raising", *scores[2:]]
     broken, empty = tmp_path / "broken.json", tmp_path / "empty.json"
     broken.write_text(file.read_text()[:-20])
     empty.write_text("[]")
+    old = tmp_path / "old.json"
+    content = json.loads(file.read_text())
+    del content[0]["evaluation"]["protocol"]
+    old.write_text(json.dumps(content))
     for arguments, message in (
         ([file, other], "no pairs can be formed; use the same --prompts, --images and --seed"),
         ([file, seeded], "no pairs can be formed"),
@@ -135,9 +167,15 @@ def test_compare_refuses(
         ([file, finished_run, *scores, "--seed", "3"], "no pairs can be formed"),
         ([file], "nothing to compare: got one evaluation, base, CFG 1; name a second model"),
         ([model_folder, *scores], f"got one evaluation, {model_folder}, CFG 1"),
-        ([broken, file], "broken.json holds no evaluations of `crd eval --out`: JSONDecodeError"),
+        ([broken, file], "broken.json is not valid JSON"),
         ([file, empty], "empty.json holds an empty list of evaluations"),
-        ([tmp_path / "nowhere.json", file], "nowhere.json holds no evaluations"),
+        ([tmp_path / "nowhere.json", file], "no file"),
+        ([model_folder, file, *few], "no pairs can be formed"),  # a file is read before a model, wherever it stands
+        ([model_folder, tmp_path / "nowhere", *failing], "no model at"),  # before any model is evaluated
+        ([file, finished_run, *scores, "--height", "32"], "height x width are 16 x 16 and 32 x 16 px"),
+        ([file, finished_run, "--reward", "reward_functions:darkness", *scores[2:]], "their rewards, by weight, are"),
+        ([file, model_folder, *scores, "--base", "x"], "--base x is for LoRA folders and runs of a model object"),
+        ([old, model_folder, *scores], "does not say how it was measured"),
         ([file, tmp_path / "nowhere"], "no model at"),
         ([], "the following arguments are required: target"),
     ):

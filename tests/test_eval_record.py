@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_records import record
+from eval_records import PROTOCOL, record
 
 from crd.errors import CRDError
-from crd.eval_record import EvalRecord, parse_record, read_record, rounded
+from crd.eval_record import EvalRecord, Protocol, parse_record, read_record, rounded
+from crd.json_files import JsonObject
 
 NAN = math.nan
 
@@ -32,7 +34,7 @@ def example() -> EvalRecord:
 
 
 def assert_equal(got: EvalRecord, wanted: EvalRecord) -> None:
-    facts = ("role", "guidance", "steps", "seed", "prompts")
+    facts = ("role", "guidance", "steps", "seed", "prompts", "protocol")
     assert [getattr(got, name) for name in facts] == [getattr(wanted, name) for name in facts]
     assert got.prompt_id.dtype == np.int64
     for mine, theirs in ((got.scores, wanted.scores), (got.statistics, wanted.statistics)):
@@ -54,7 +56,35 @@ def test_json_and_back_is_exact(example: EvalRecord, tmp_path: Path) -> None:
 
 
 def test_further_keys_do_no_harm(example: EvalRecord) -> None:
-    assert_equal(parse_record({**example.to_dict(), "update": 12, "pictures": {"file": "x.webp"}}), example)
+    content = {**example.to_dict(), "update": 12, "pictures": {"file": "x.webp"}}
+    assert_equal(parse_record(JsonObject(content, "x")), example)
+
+
+def test_a_record_that_does_not_say_how_it_was_measured(example: EvalRecord) -> None:
+    without = replace(example, protocol=None)
+    content = without.to_dict()
+    assert_equal(parse_record(JsonObject(content, "x")), without)
+    del content["protocol"]  # older files
+    assert_equal(parse_record(JsonObject(content, "x")), without)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"anchor_guidance": 1.0}, None),  # matters to the distance from the anchor alone
+        ({"weights": {"ocr": 1.0, "watched": 0.0}}, None),
+        ({"sources": {"reward_ocr": "ocr", "held_out_aesthetic": "aesthetic"}}, None),  # nothing of both to compare
+        ({"width": 96}, "height x width are 64 x 64 and 64 x 96 px"),
+        ({"weights": {"ocr": 1.0, "watched": 0.2}}, "rewards, by weight, are {'ocr': 1.0} and"),
+        ({"sources": {"held_out_clip": "clip"}}, "their held_out_clip are by clip=/models/clip and clip"),
+    ],
+)
+def test_what_keeps_protocols_from_being_compared(changes: dict[str, Any], told: str | None) -> None:
+    other: Protocol = replace(PROTOCOL, **changes)
+    found = PROTOCOL.unlike(other)
+    assert (found is None) == (told is None) == (other.unlike(PROTOCOL) is None)
+    assert told is None or told in (found or "")
 
 
 def test_columns_and_means_leave_gaps_out(example: EvalRecord) -> None:
@@ -91,19 +121,21 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda content: content.pop("seed"), "KeyError 'seed'"),
-        (lambda content: content.pop("model"), "KeyError 'model'"),
-        (edit(guidance=None), "TypeError"),
-        (edit(steps="many"), "ValueError"),
-        (edit(scores=[1.0]), "AttributeError"),
-        (edit(scores={"reward": [1.0]}), "4 images but 1 values of reward"),
-        (edit(scores={"reward": ["good"] * 4}), "ValueError"),
-        (edit(statistics={"brightness": [1.0] * 5}), "4 images but 5 values of brightness"),
-        (edit(diversity=[0.1]), "2 prompts but 1 values of diversity"),
-        (edit(prompt_index=[0, 0, 1, 2]), "prompt_index must lie below 2"),
-        (edit(prompt_index=[0, 0, -1, 1]), "prompt_index must lie below 2"),
-        (edit(prompt_index=[[0], [1]]), "evaluation"),
-        (edit(prompts=None), "TypeError"),
+        (lambda content: content.pop("seed"), "has no 'seed'"),
+        (lambda content: content.pop("model"), "has no 'model'"),
+        (edit(guidance=None), "guidance must be a finite number, got None"),
+        (edit(steps="many"), "steps must be an integer of at least 1, got 'many'"),
+        (edit(scores=[1.0]), "scores must be an object"),
+        (edit(scores={"reward": [1.0]}), "reward must hold 4 numbers, got 1"),
+        (edit(scores={"reward": ["good"] * 4}), "reward must be a list of numbers or null"),
+        (edit(statistics={"brightness": [1.0] * 5}), "brightness must hold 4 numbers, got 5"),
+        (edit(diversity=[0.1]), "diversity must hold 2 numbers, got 1"),
+        (edit(prompt_index=[0, 0, 1, 2]), "prompt_index must be a list of integers from 0 to 1, got 2"),
+        (edit(prompt_index=[0, 0, -1, 1]), "from 0 to 1, got -1"),
+        (edit(prompt_index=[[0], [1]]), "from 0 to 1, got [0]"),
+        (edit(prompts=None), "prompts must be a list"),
+        (edit(protocol={"weights": {}}), "protocol has no 'sources'"),
+        (edit(protocol={**dataclasses.asdict(PROTOCOL), "sources": {"reward_ocr": 1}}), "reward_ocr must be a string"),
     ],
 )
 def test_damaged_records_are_one_error(
@@ -113,9 +145,9 @@ def test_damaged_records_are_one_error(
     damage(content)
     path = tmp_path / "update-000001.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(CRDError, match="restore or remove it") as caught:
+    with pytest.raises(CRDError, match="restore the file") as caught:
         read_record(path)
-    assert str(caught.value).startswith(f"cannot read the evaluation {path}: ")
+    assert str(caught.value).startswith(str(path))
     assert told in str(caught.value)
 
 
@@ -123,7 +155,7 @@ def test_damaged_records_are_one_error(
 def test_files_that_are_no_records(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "update-000001.json"
     path.write_bytes(content)
-    with pytest.raises(CRDError, match="cannot read the evaluation"):
+    with pytest.raises(CRDError, match=r"update-000001\.json "):
         read_record(path)
-    with pytest.raises(CRDError, match="cannot read the evaluation"):
+    with pytest.raises(CRDError, match=r"no file .*nowhere.json; restore it"):
         read_record(tmp_path / "nowhere.json")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,9 +20,11 @@ from PIL import Image
 from crd.config import CRDConfig
 from crd.errors import CRDError
 from crd.report import write_report
-from crd.report.estimates import band, change, curve, prompt_changes
+from crd.report.estimates import band, change, curve, guided_base, prompt_changes
 from crd.report.page_file import render
+from crd.report.pictures import spread
 from crd.report.read_run import read_run, read_runs
+from crd.report.tables import alarm_state
 from crd.report.words import duration, number, signed, title
 
 TILE, IMAGES = 32, 2  # px; images a prompt
@@ -88,6 +92,7 @@ def save_evaluation(folder: Path, name: str, update: int | None, reward: list[fl
         "prompt_index": [place // IMAGES for place in range(images)],
         "scores": {"reward": reward, "reward_ocr": reward,
                    "held_out_clipscore": [0.2 + 0.01 * place for place in range(images - 1)] + [None]},
+        "protocol": None,
         "statistics": {"brightness": [0.5, 0.7] * (images // 2)}, "diversity": [0.2, 0.3, None],
         "model": {"kl_to_anchor": 0.01 * (update or 0), "velocity_norm": None},
         "pictures": {"file": f"{name}.webp", "indices": list(range(images)), "tile": TILE, "columns": 4},
@@ -97,6 +102,12 @@ def save_evaluation(folder: Path, name: str, update: int | None, reward: list[fl
 
 def save_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def event(update: int, rule: str, message: str, **changes: Any) -> dict[str, Any]:
+    """A line of events.jsonl: a warning that was told."""
+    plain = {"level": "warn", "column": None, "numbers": {}, "action": "warn", "pictures": []}
+    return {**plain, "update": update, "rule": rule, "message": message, **changes}
 
 
 @pytest.fixture
@@ -117,11 +128,13 @@ def run(tmp_path: Path) -> Path:
     save_evaluation(folder / "evaluations", "base-cfg-4.5", None, [0.5, 0.75, 0.5, 0.75, 0.5, 0.75])
     (folder / "events").mkdir()
     Image.new("RGB", (64, 32), "red").save(folder / "events" / "a-before.png")
-    save_lines(folder / "events.jsonl", [
-        {"update": 12, "level": "warn", "rule": "held_out_falls", "message": "clipscore fell",
-         "numbers": {"clip": 0.21}, "pictures": ["events/a-before.png"]},
-        {"update": 24, "level": "stop", "rule": "diversity", "message": "all images are alike", "numbers": {}},
-    ])  # fmt: skip
+    save_lines(
+        folder / "events.jsonl",
+        [
+            event(12, "held_out_falls", "clipscore fell", numbers={"clip": 0.21}, pictures=["events/a-before.png"]),
+            event(24, "diversity", "all images are alike", action="stop"),
+        ],
+    )
     (folder / "environment.json").write_text(
         json.dumps({"python": "3.11.7", "gpu": None, "packages": {"torch": "2.13"}})
     )
@@ -165,6 +178,43 @@ def test_a_whole_run_has_every_section(run: Path) -> None:
     ]
 
 
+def test_the_state_of_the_alarm_is_what_was_done(run: Path) -> None:
+    def state(*events: dict[str, Any]) -> tuple[str, str]:
+        save_lines(run / "events.jsonl", list(events))
+        return alarm_state(read_run(run, "r"))
+
+    assert state() == ("none", "No alarm: no rule spoke.")
+    assert state(event(12, "a", "b", level="note", action="none"))[1] == "No alarm: no rule spoke beyond a note."
+    # Two rules warn of one update, which raises the strengths once; at their limit a warning is told only.
+    raising = [event(update, "a", "b", action="raise_kl") for update in (6, 6, 12)]
+    level, words = state(*raising, event(18, "drift", "far"))
+    assert (level, words) == ("raise_kl", "4 warnings; KL raised 2 times; the last warning at update 18 by drift: far")
+    level, words = state(event(12, "a", "b", action="stop"), event(18, "drift", "far"))
+    assert (level, words) == (
+        "warn", "2 warnings; stopped at update 12, resumed; the last warning at update 18 by drift: far"
+    )  # fmt: skip
+    assert page_of(run).says("Stopped, resumed update 12 a b")
+    assert state(event(12, "a", "b", action="stop"), event(24, "drift", "far", action="stop")) == (
+        "stop", "At update 24 by drift: far"
+    )  # fmt: skip
+
+
+def test_the_best_guidance_of_the_base_model_is_shown(run: Path) -> None:
+    assert [one.label for one in guided_base(read_run(run, "r"), "reward")] == ["base, CFG 4.5"]
+    summary = {"reward_before": 0.25, "reward_base_cfg": 0.7, "base_cfg_scale": 6.0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = page_of(run)
+    panels = {panel["metric"]: panel["runs"][0] for panel in page.data["panels"]}
+    assert panels["reward"]["guided"] == [[4.5, 0.625, "base, CFG 4.5"], [6.0, 0.7, "base, best CFG (6)"]]
+    assert panels["diversity"]["guided"] == [[4.5, 0.25, "base, CFG 4.5"]]
+    assert page.says("base, best CFG (6) After against it Reward 0.250 0.750 +0.500")
+    assert page.says("0.700 +0.050")
+    # The anchor's scale may be the best.
+    (run / "summary.json").write_text(json.dumps({**summary, "base_cfg_scale": 4.5}))
+    found = guided_base(read_run(run, "r"), "reward")
+    assert [(one.label, one.value.mean) for one in found] == [("base, best CFG (4.5)", 0.625)]
+
+
 def test_missing_parts_are_told(run: Path) -> None:
     bare = run.parent / "bare"
     bare.mkdir()
@@ -192,7 +242,7 @@ def test_text_of_a_run_is_never_markup(run: Path) -> None:
     evil = '</script><img src=x onerror=alert(1)> & "quoted" <!--'
     for path in (run / "evaluations").glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": [evil, *PROMPTS[1:]]}))
-    save_lines(run / "events.jsonl", [{"update": 1, "level": "warn", "rule": evil, "message": evil}])
+    save_lines(run / "events.jsonl", [event(1, evil, evil)])
     (run / "config.yaml").write_text(CRDConfig(model=evil).to_yaml())
     page = page_of(run)
     assert page.says(evil)
@@ -297,9 +347,10 @@ OTHER = {"file": "update-000000.webp", "indices": [1], "tile": 32, "columns": 1}
         (damage_middle, r"metrics.jsonl line 3 is not valid JSON"),
         (lambda run: (run / "events.jsonl").write_text("[1]\n"), r"events.jsonl line 1 must hold a JSON object"),
         (lambda run: save_lines(run / "metrics.jsonl", [{"update": 1, "kind": "a", "kl": "x"}]), "kl must be a number"),
-        (lambda run: save_lines(run / "events.jsonl", [{"update": 1, "level": "alas"}]), "line 1: level must be"),
+        (lambda run: save_lines(run / "events.jsonl", [event(1, "a", "b", level="alas")]), "line 1: level must be"),
+        (lambda run: save_lines(run / "events.jsonl", [event(1, "a", "b", action="alas")]), "line 1: action must be"),
         (edit(FIRST, prompt_index=[0, 1, 2, 3, 0, 0]), "prompt_index must be a list of integers from 0 to 2, got 3"),
-        (edit(FIRST, scores={"reward": [1.0]}), "reward must hold 6 numbers, got 1"),
+        (edit(FIRST, scores={"reward": [1.0]}), "scores: reward must hold 6 numbers, got 1"),
         (edit(FIRST, pictures=OTHER), "must show the same images"),
         (lambda run: (run / "evaluations" / "update-000012.webp").write_bytes(b"no"), "cannot read the picture"),
         (lambda run: Image.new("RGB", (9, 9)).save(run / "evaluations" / "update-000012.webp"), "at least 128 x 64"),
@@ -363,14 +414,67 @@ def test_a_thousand_images_stay_below_ten_megabytes(run: Path, tmp_path: Path) -
 
 def test_too_many_pictures_shrink_then_are_refused(run: Path) -> None:
     runs = read_runs([run])
-    whole = sum(path.stat().st_size for path in run.rglob("*") if path.suffix in (".webp", ".png"))
-    assert "in WebP" not in render(runs, budget=whole)
+    whole = len(render(runs))
+    assert "To keep this file small" not in render(runs, whole + 3_000)
+    bare = whole - sum(4 * path.stat().st_size // 3 for path in run.rglob("*") if path.suffix in (".webp", ".png"))
     tiles = []
     with pytest.raises(CRDError, match="report fewer runs at once"):  # noqa: PT012
         for part in range(1, 100):
-            page = Page(render(runs, budget=int(whole * 0.75**part)))
+            page = Page(render(runs, bare + 2_000 + int((whole - bare) * 0.75**part)))
             assert page.says("in WebP of quality")
             tiles.append(page.data["grids"][0]["steps"][0]["tile"])
             assert page.says("at half size") == (tiles[-1] == TILE // 2)
     assert set(tiles) == {TILE, TILE // 2}
     assert tiles == sorted(tiles, reverse=True)
+
+
+def test_evenly_spread_with_first_last_and_one_more() -> None:
+    items = list(range(101))
+    assert spread(items, None) == spread(items, 101) == items
+    assert spread(items, 3) == [0, 50, 100]
+    assert spread(items, 5) == [0, 25, 50, 75, 100]
+    assert spread(items, 5, 50) == [0, 25, 50, 75, 100]
+    assert spread(items, 5, 1) == [0, 1, 50, 75, 100]
+    assert spread(items, 3, 99) == [0, 99, 100]
+    assert spread([], 3) == []
+
+
+def test_a_very_long_run_stays_below_ten_megabytes(run: Path, tmp_path: Path) -> None:
+    """200 evaluations of 1,000 images of 1,024 px, and warnings at half of them."""
+    rng = np.random.default_rng(0)
+    rough = Image.fromarray(rng.integers(0, 255, (8 * 40, 8 * 40, 3), dtype=np.uint8))
+    tiles = io.BytesIO()
+    rough.resize((8 * 160, 8 * 160), Image.Resampling.BICUBIC).save(tiles, "WEBP", quality=90, method=0)
+    picture = io.BytesIO()
+    rough.resize((1024, 1024)).save(picture, "PNG", compress_level=1)
+    index = [image % 3 for image in range(1000)]
+    scores = {name: rng.random(1000).round(6).tolist() for name in ("reward", "held_out_clipscore")}
+    for update in range(0, 5001, 25):
+        name = f"update-{update:06d}"
+        pictures = {"file": f"{name}.webp", "indices": list(range(64)), "tile": 160, "columns": 8}
+        save_evaluation(run / "evaluations", name, update, [0.5] * 8, prompt_index=index, scores=scores,
+                        statistics={}, pictures=pictures)  # fmt: skip
+        (run / "evaluations" / f"{name}.webp").write_bytes(tiles.getvalue())
+    for path in run.glob("evaluations/*"):
+        if path.stem in ("base-cfg-4.5", "update-000012", "update-000024"):
+            path.unlink()
+    train = [{"update": n, "kind": "train", **{f"metric_{m}": float(x) for m, x in enumerate(rng.random(8))}}
+             for n in range(1, 5001)]  # fmt: skip
+    save_lines(run / "metrics.jsonl", train)
+    (run / "events" / "big.png").write_bytes(picture.getvalue())
+    for update in range(50, 5001, 50):
+        os.link(run / "events" / "big.png", run / "events" / f"{update}.png")
+    save_lines(run / "events.jsonl", [
+        event(update, "drift", "far", pictures=[f"events/{update}.png"]) for update in range(50, 5001, 50)
+    ])  # fmt: skip
+    (run / "checkpoints" / "best.json").write_text(json.dumps({"update": 1325, "reward": 0.75}))
+    assert 201 * len(tiles.getvalue()) > 30_000_000
+    out = write_report([run], tmp_path / "report.html")
+    assert out.stat().st_size < 10_000_000
+    page = Page(out.read_text(encoding="utf-8"))
+    updates = [step["update"] for step in page.data["grids"][0]["steps"]]
+    assert {0, 1325, 5000} <= set(updates)
+    assert len(updates) >= 12
+    assert max(np.diff(updates)) < 3 * 5000 / len(updates)
+    assert page.says(f"at most {len(updates)} evaluations of a run are pictured")
+    assert len(page.data["panels"][0]["runs"][0]["eval"]) == 201  # numbers are all there

@@ -211,7 +211,7 @@ def test_weights_and_names_are_checked() -> None:
         RewardSet([redness, redness])
     with pytest.raises(CRDError, match="no reward given"):
         RewardSet([])
-    assert RewardSet(redness).rewards == (WeightedReward("redness", redness, 1.0, None),)
+    assert RewardSet(redness).rewards == (WeightedReward("redness", redness, 1.0, None, "test_rewards:redness"),)
 
 
 def test_resolve_names_paths_and_callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

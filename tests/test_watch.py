@@ -222,6 +222,24 @@ def test_a_run_without_evaluation_prompts_has_no_alarm(hacking: CRDConfig, tmp_p
             CRDTrainer(args=replace(blind, output_dir=str(tmp_path / "other"), **change))
 
 
+def test_lost_pictures_are_told_as_such(hacking: CRDConfig, watched: Path, tmp_path: Path) -> None:
+    """While a run goes on, too, and not as a full disk; its updates are saved."""
+    run = tmp_path / "run"
+    shutil.copytree(watched, run)
+    trainer = CRDTrainer(args=replace(hacking, updates=6, output_dir=str(run)))
+    assert trainer.watch is not None
+    tell = trainer.watch._tell
+
+    def lose(*arguments: Any) -> None:
+        (run / "evaluations" / "update-000000.webp").unlink(missing_ok=True)
+        tell(*arguments)
+
+    trainer.watch._tell = lose  # type: ignore[method-assign]
+    with pytest.raises(CRDError, match=r"update-000000.webp, whose pictures .*, is missing; restore it, or go on with"):
+        trainer.train(resume=True)
+    assert CheckpointFolder(run / "checkpoints", keep=9).updates()[-1] == 6
+
+
 def test_settings_of_the_alarm_are_checked(hacking: CRDConfig) -> None:
     with pytest.raises(CRDError, match="alarm must be one of off, warn, stop, raise_kl, got 'loud'"):
         replace(hacking, alarm="loud")
@@ -246,6 +264,8 @@ def test_stop_ends_the_run_with_a_checkpoint(
     assert main(["train", str(tmp_path / "run.yaml")]) == 0
     (update,) = {event["update"] for event in events(run) if event["action"] == "stop"}
     assert update in (1, 2)
+    page = tmp_path / "report.html"
+    assert f">Stopped</span> At update {update} by" in write_report([run], page).read_text()
     assert f"the alarm stops the run after update {update}" in capsys.readouterr().out.replace("\n", " ")
     checkpoints = CheckpointFolder(run / "checkpoints", keep=1)
     assert checkpoints.updates()[-1] == update
@@ -257,6 +277,16 @@ def test_stop_ends_the_run_with_a_checkpoint(
     assert checkpoints.updates()[-1] == update + 3
     assert load_config(run / "config.yaml").alarm == "warn"
     assert [record["update"] for record in read_metrics(run, "eval")] == list(range(update + 4))
+    text = write_report([run], page).read_text()
+    assert f"stopped at update {update}, resumed; stopped at update {update + 1}, resumed; the last warning" in text
+
+
+def test_the_last_evaluation_stops_nothing(
+    hacking: CRDConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(replace(hacking, alarm="stop", updates=2, eval_every=2), tmp_path / "run")
+    assert {event["action"] for event in events(run) if event["level"] == "warn"} == {"warn"}
+    assert "stops the run" not in capsys.readouterr().out
 
 
 def test_raise_kl_doubles_the_strengths_up_to_eight(hacking: CRDConfig, tmp_path: Path) -> None:
@@ -264,11 +294,18 @@ def test_raise_kl_doubles_the_strengths_up_to_eight(hacking: CRDConfig, tmp_path
     raising = replace(hacking, alarm="raise_kl", kl_gate="constant", updates=6)
     straight = trained(raising, tmp_path / "straight")
     scales = kl_scales(straight)
-    warned = [any(e["update"] == n and e["action"] == "raise_kl" for e in events(straight)) for n in range(1, 7)]
+    warned = [any(e["update"] == n and e["level"] == "warn" for e in events(straight)) for n in range(1, 7)]
     expected = [min(KL_SCALE_MAX, 2.0 ** sum(warned[:count])) for count in range(1, 7)]
     assert scales == expected
     assert KL_SCALE_MAX == 8
     assert sum(warned) > 3  # so that the limit was reached
+    # What an event records is what was done: at the limit a warning is told only.
+    raised = {e["update"] for e in events(straight) if e["action"] == "raise_kl"}
+    assert raised == {
+        n for n, before, after in zip(range(1, 7), [1.0, *scales], scales, strict=False) if after > before
+    }
+    assert {e["action"] for e in events(straight) if e["level"] == "warn"} == {"raise_kl", "warn"}
+    assert f"KL raised {len(raised)} times" in write_report([straight], tmp_path / "report.html").read_text()
     # An update is trained at the strength that the evaluation before it left.
     trained_at = [record["kl_strength_mean"] for record in read_metrics(straight, "train")]
     assert trained_at == pytest.approx([raising.kl_max * scale for scale in (1.0, *scales[:-1])])
@@ -310,6 +347,20 @@ def damaged_base(run: Path, prompts: Path) -> None:
     (run / "evaluations" / "base-cfg-4.5.json").write_text("[]")
 
 
+def no_pictures(run: Path, prompts: Path) -> None:
+    (run / "evaluations" / "update-000000.webp").unlink()
+
+
+def cut_pictures(run: Path, prompts: Path) -> None:
+    path = run / "evaluations" / "update-000000.webp"
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def other_scorer(run: Path, prompts: Path) -> None:
+    path = run / "evaluations" / "update-000001.json"
+    path.write_text(path.read_text().replace("reward_functions:darkness", "gone:darkness"))
+
+
 def foreign(run: Path, prompts: Path) -> None:
     (run / "evaluations" / "update-notes.json").write_text("{}")
 
@@ -319,8 +370,14 @@ def foreign(run: Path, prompts: Path) -> None:
     [
         (other_prompts, "the evaluation prompts are not those of the run"),
         (no_beginning, "lacks the evaluation of update 0"),
-        (damaged, "cannot read the evaluation .*update-000001.json"),
-        (damaged_base, "cannot read the evaluation .*base-cfg-4.5.json"),
+        (damaged, r"update-000001.json is not valid JSON"),
+        (damaged_base, r"base-cfg-4.5.json must hold a JSON object"),
+        (no_pictures, r"update-000000.webp, whose pictures the alarm shows .*, is missing; restore it, or go on"),
+        (cut_pictures, r"update-000000.webp, whose .* is damaged .*; restore it, or go on with --alarm off"),
+        (
+            other_scorer,
+            r"were measured otherwise than this run would: their held_out_darkness are by gone:darkness and",
+        ),
         (foreign, "update-notes.json is not named after an update"),
     ],
 )

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crd.eval_record import EvalRecord
+from crd.eval_record import HELD_OUT, EvalRecord
 from crd.metrics.bootstrap import Interval, paired_difference
 
 NOTE, WARN = "note", "warn"
-ACTIONS = ("off", "warn", "stop", "raise_kl")
+OFF, TELL, STOP, RAISE_KL = ACTIONS = ("off", "warn", "stop", "raise_kl")  # what a warning does
+NOTHING = "none"  # what was done about a note
 
 # Ours; docs/evaluation.md says what is measured of them and what is not yet.
 LEVEL = 0.995  # of the intervals: a run asks many such questions; tests/test_alarm.py counts false alarms
@@ -78,7 +79,7 @@ def check(history: Sequence[Evaluated], guided: EvalRecord) -> list[Event]:
 
 def held_out_columns(record: EvalRecord) -> list[str]:
     """Names of the held-out scores."""
-    return [name for name in record.scores if name.startswith("held_out_")]
+    return [name for name in record.scores if name.startswith(HELD_OUT)]
 
 
 def fallen(now: EvalRecord, then: EvalRecord, column: str) -> Interval | None:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             serve_reward(args)
             return 0
-        from crd import commands
+        from crd import commands, evaluation_commands
 
         if args.command == "train":
             source = rest.pop(0) if rest and not rest[0].startswith("--") else None
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "sample":
             commands.sample(args)
         elif args.command == "eval":
-            commands.evaluate(args)
+            evaluation_commands.evaluate(args)
         elif args.command == "compare":
-            commands.compare(args)
+            evaluation_commands.compare(args)
         elif args.command == "report":
             commands.report(args)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from crd.errors import CRDError
-from crd.eval_record import EvalRecord, parse_record
+from crd.eval_record import EvalRecord, Protocol, parse_record
+from crd.json_files import read_objects
 from crd.metrics.bootstrap import Interval, bootstrap_mean, paired_difference
 
+KL_TO_ANCHOR = "kl_to_anchor"
 NO_PAIRS = (
     "the evaluations are not of the same prompts and seed, so no pairs can be formed; "
     "use the same --prompts, --images and --seed"
@@ -45,14 +46,59 @@ def intervals(record: EvalRecord) -> dict[str, Interval]:
     }
 
 
-def differences(line: EvalRecord, reference: EvalRecord) -> dict[str, Interval]:
-    """Paired differences to `reference` in every column that both have.
+def check_comparable(first: Line, line: Line) -> None:
+    """Refuse two evaluations whose images form no pairs, or are measured by different means.
 
     Raises:
-        CRDError: the two were not drawn for the same prompts from the same noise.
+        CRDError: says what differs.
     """
-    if not line.same_images(reference):
+    if not line.record.same_images(first.record):
         raise CRDError(NO_PAIRS)
+    check_protocol(first, line.title, line.record.protocol)
+
+
+def check_protocol(first: Line, title: str, protocol: Protocol | None) -> None:
+    """Refuse to compare with `first` what is measured otherwise.
+
+    Args:
+        first: an evaluation.
+        title: of the other one.
+        protocol: of the other one.
+
+    Raises:
+        CRDError: the two differ, or one does not say how it was measured.
+    """
+    for name, known in ((first.title, first.record.protocol), (title, protocol)):
+        if known is None:
+            raise CRDError(f"the evaluation of {name} does not say how it was measured (rewards and their weights, "
+                           "scorers, image size), so nothing can be compared with it; evaluate it again")  # fmt: skip
+    if first.record.protocol is not None and protocol is not None and (told := first.record.protocol.unlike(protocol)):
+        raise CRDError(f"{first.title} and {title} were measured differently: {told}; evaluate them with the same "
+                       "--reward, --held-out, --height and --width")  # fmt: skip
+
+
+def same_anchor(one: EvalRecord, other: EvalRecord) -> bool:
+    """Whether `kl_to_anchor` is the distance to the base model at the same scale in both."""
+    scales = [None if record.protocol is None else record.protocol.anchor_guidance for record in (one, other)]
+    return scales[0] is not None and scales[0] == scales[1]
+
+
+def remarks(lines: Sequence[Line]) -> list[str]:
+    """What else differs between the first evaluation and the others: it is part of their differences, or leaves them
+    out."""
+    first, found = lines[0], []
+    for line in lines[1:]:
+        if line.record.steps != first.record.steps:
+            found.append(f"{line.title} was drawn in {line.record.steps} steps and {first.title} in "
+                         f"{first.record.steps}: the differences are also those of the steps")  # fmt: skip
+        if not same_anchor(line.record, first.record):
+            found.append(f"the kl_to_anchor of {line.title} and {first.title} are distances from the base model at "
+                         "different guidance: their difference is left out")  # fmt: skip
+    return found
+
+
+def differences(line: EvalRecord, reference: EvalRecord) -> dict[str, Interval]:
+    """Paired differences to `reference` in every column that both have, of comparable evaluations."""
     theirs, found = reference.columns(), {}
     for name, (values, prompts) in line.columns().items():
         if name in theirs and not np.isnan(values - theirs[name][0]).all():
@@ -86,13 +132,7 @@ def read_evaluations(path: Path) -> list[Line]:
     Raises:
         CRDError: it is no such file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        lines = [Line(str(entry["model"]), parse_record(entry["evaluation"])) for entry in content]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CRDError(
-            f"{path} holds no evaluations of `crd eval --out`: {type(error).__name__} {error}; write it again"
-        ) from error
+    lines = [Line(entry.text("model"), parse_record(entry.inner("evaluation"))) for entry in read_objects(path)]
     if not lines:
         raise CRDError(f"{path} holds an empty list of evaluations; write it again with `crd eval --out`")
     return lines
@@ -105,17 +145,14 @@ def table(lines: Sequence[Line]) -> Table:
 
 
 def comparison_table(lines: Sequence[Line]) -> Table:
-    """The first model's means, and the paired differences of the others to it; bold where the interval excludes 0.
-
-    Raises:
-        CRDError: they were not drawn for the same prompts from the same noise.
-    """
+    """The first model's means, and the paired differences of the others to it; bold where the interval excludes 0."""
     first, *others = [line.record for line in lines]
     cells = [{name: _shown(found) for name, found in intervals(first).items()}]
     drift = [dict(first.drift)]
     for other in others:
         cells.append({name: _signed(found) for name, found in differences(other, first).items()})
-        drift.append({name: value - first.drift[name] for name, value in other.drift.items() if name in first.drift})
+        drift.append({name: value - first.drift[name] for name, value in other.drift.items()
+                      if name in first.drift and (name != KL_TO_ANCHOR or same_anchor(other, first))})  # fmt: skip
     return _table(lines, cells, drift, "first: mean; others: paired difference to it [95% interval over prompts]")
 
 

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crd.errors import CRDError
+from crd.json_files import JsonObject, read_object
 
+REWARD, HELD_OUT = "reward_", "held_out_"  # and the name of a scorer
 STATISTIC, DIVERSITY = "stat_", "diversity"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images were measured, beside what an `EvalRecord` says of how they were drawn."""
+
+    weights: Mapping[str, float]  # of each reward in the total, by name
+    sources: Mapping[str, str]  # "reward_NAME", "held_out_NAME" -> the scorer as it was asked for
+    height: int  # px
+    width: int
+    anchor_guidance: float  # of the base model that `kl_to_anchor` is the distance to
+
+    def unlike(self, other: Protocol) -> str | None:
+        """What keeps the scores of the two from being compared, and what it is in both; None = nothing does.
+
+        A scorer that only one of them has, or a reward of weight 0, keeps nothing from being compared. The anchor's
+        scale matters to `kl_to_anchor` alone.
+        """
+        if (self.height, self.width) != (other.height, other.width):
+            return f"their height x width are {self.height} x {self.width} and {other.height} x {other.width} px"
+        summed = [{name: one.weights[name] for name in sorted(one.weights) if one.weights[name]}
+                  for one in (self, other)]  # fmt: skip
+        if summed[0] != summed[1]:
+            return f"their rewards, by weight, are {summed[0]} and {summed[1]}"
+        for column in sorted(self.sources.keys() & other.sources.keys()):
+            if self.sources[column] != other.sources[column]:
+                return f"their {column} are by {self.sources[column]} and {other.sources[column]}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -26,6 +55,7 @@ class EvalRecord:
     seed: int
     prompts: list[str]  # P
     prompt_id: np.ndarray  # (B,) int64, into `prompts`
+    protocol: Protocol | None  # None = the file it was read from does not say
     scores: Mapping[str, np.ndarray]  # "reward", "reward_NAME", "held_out_NAME" -> (B,) float64
     statistics: Mapping[str, np.ndarray]  # of pixels, name -> (B,) float64
     diversity: np.ndarray  # (P,) float64, NaN for a prompt of one image
@@ -62,6 +92,7 @@ class EvalRecord:
             "seed": self.seed,
             "prompts": self.prompts,
             "prompt_index": self.prompt_id.tolist(),
+            "protocol": None if self.protocol is None else dataclasses.asdict(self.protocol),
             "scores": {name: _numbers(values) for name, values in self.scores.items()},
             "statistics": {name: _numbers(values) for name, values in self.statistics.items()},
             "diversity": _numbers(self.diversity),
@@ -78,48 +109,46 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def read_record(path: Path) -> EvalRecord:
-    """The record in a file of `EvalRecord.to_dict`.
+    """The record in a file of `EvalRecord.to_dict`; other keys beside it are left alone.
 
     Raises:
         CRDError: it cannot be read, or is no such record.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return parse_record(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CRDError(
-            f"cannot read the evaluation {path}: {type(error).__name__} {error}; restore or remove it"
-        ) from error
+    return parse_record(read_object(path))
 
 
-def parse_record(content: Mapping[str, Any]) -> EvalRecord:
-    """The record of parsed JSON.
+def parse_record(found: JsonObject) -> EvalRecord:
+    """The record of a JSON object.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is no such record.
+        CRDError: it is no such record.
     """
-    record = EvalRecord(
-        role=str(content["role"]),
-        guidance=float(content["guidance"]),
-        steps=int(content["steps"]),
-        seed=int(content["seed"]),
-        prompts=[str(prompt) for prompt in content["prompts"]],
-        prompt_id=np.array(content["prompt_index"], dtype=np.int64),
-        scores={name: _array(values) for name, values in content["scores"].items()},
-        statistics={name: _array(values) for name, values in content["statistics"].items()},
-        diversity=_array(content["diversity"]),
-        drift={name: math.nan if value is None else float(value) for name, value in content["model"].items()},
+    prompts = list(found.texts("prompts"))
+    prompt_id = found.indices("prompt_index", len(prompts))
+    return EvalRecord(
+        role=found.text("role"),
+        guidance=found.real("guidance"),
+        steps=found.integer("steps", 1),
+        seed=found.integer("seed", None),
+        prompts=prompts,
+        prompt_id=prompt_id,
+        protocol=_parse_protocol(found.inner("protocol")) if found.has("protocol") else None,
+        scores=found.inner("scores").columns(len(prompt_id)),
+        statistics=found.inner("statistics").columns(len(prompt_id)),
+        diversity=found.numbers("diversity", len(prompts)),
+        drift=found.inner("model").all_numbers(),
     )
-    images, prompts = len(record.prompt_id), len(record.prompts)
-    lengths = {name: len(values) for name, values in {**record.scores, **record.statistics}.items()}
-    for name, length in lengths.items():
-        if length != images:
-            raise ValueError(f"{images} images but {length} values of {name}")
-    if len(record.diversity) != prompts:
-        raise ValueError(f"{prompts} prompts but {len(record.diversity)} values of {DIVERSITY}")
-    if not np.isin(record.prompt_id, np.arange(prompts)).all():
-        raise ValueError(f"prompt_index must lie below {prompts}, the number of prompts")
-    return record
+
+
+def _parse_protocol(found: JsonObject) -> Protocol:
+    weights = found.inner("weights")
+    return Protocol(
+        weights={name: weights.real(name) for name in weights.content},
+        sources=found.inner("sources").all_texts(),
+        height=found.integer("height", 1),
+        width=found.integer("width", 1),
+        anchor_guidance=found.real("anchor_guidance"),
+    )
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
@@ -128,7 +157,3 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _array(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)

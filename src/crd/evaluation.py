@@ -15,7 +15,7 @@ from crd.backbones.base import Backbone
 from crd.console import progress_steps
 from crd.data import PromptDataset, prompt_batch
 from crd.engine import Engine
-from crd.eval_record import EvalRecord, rounded
+from crd.eval_record import HELD_OUT, REWARD, EvalRecord, Protocol, rounded
 from crd.flow import EULER
 from crd.metrics.drift import velocity_drift
 from crd.metrics.held_out import HeldOutScores
@@ -28,7 +28,7 @@ from crd.snapshots import Snapshots
 
 EVAL_SEED = "evaluation"
 SHOWN = 64  # images of an evaluation that people get to see
-_HELD_OUT, _CELLS = "held_out_", "cells"
+_CELLS = "cells"
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,20 @@ class Evaluator:
         record = self._record(role, settings, rollout, batch.group_id, share)
         return EvalResult(record, self._shown(rollout.images, share))
 
+    @property
+    def protocol(self) -> Protocol:
+        """How this measures images."""
+        rewards = {f"{REWARD}{name}": source for name, source in self.rewards.sources.items()}
+        held_out = {f"{HELD_OUT}{name}": source for name, source in self.held_out.sources.items()}
+        height, width = self.backbone.default_size
+        return Protocol(
+            weights=self.rewards.weights,
+            sources={**rewards, **held_out},
+            height=self.settings.height or height,
+            width=self.settings.width or width,
+            anchor_guidance=self.anchor_guidance,
+        )
+
     def draws(self, record: EvalRecord) -> bool:
         """Whether this draws the images of `record`: its prompts, as many for each, from the same noise."""
         prompt_id = np.repeat(np.arange(len(self.dataset)), self.images_per_prompt)
@@ -179,7 +193,7 @@ class Evaluator:
         found = {name: self.engine.ranks.gather(share, values) for name, values in columns.items()}
         cells = found.pop(_CELLS).numpy()
         statistics = {name: found.pop(name) for name in STATISTICS}
-        held_out = {name: found[f"{_HELD_OUT}{name}"] for name in self.held_out.names}
+        held_out = {name: found[f"{HELD_OUT}{name}"] for name in self.held_out.names}
         self.held_out.check_answers(held_out, prompt_id)
         drift = velocity_drift(
             self.backbone, self.snapshots, self.engine, role, rollout, share, self.uncond,
@@ -193,6 +207,7 @@ class Evaluator:
             seed=self.seed,
             prompts=list(self.dataset.prompts),
             prompt_id=prompt_id.numpy(),
+            protocol=self.protocol,
             scores={name: rounded(column.numpy()) for name, column in found.items()},
             statistics={name: rounded(column.numpy()) for name, column in statistics.items()},
             diversity=rounded(group_diversity(cells, prompt_id.numpy())),
@@ -209,8 +224,8 @@ class Evaluator:
         statistics = image_statistics(images)
         return {
             "reward": rewards.total,
-            **{f"reward_{name}": column for name, column in rewards.columns.items()},
-            **{f"{_HELD_OUT}{name}": column for name, column in held_out.items()},
+            **{f"{REWARD}{name}": column for name, column in rewards.columns.items()},
+            **{f"{HELD_OUT}{name}": column for name, column in held_out.items()},
             **{name: torch.from_numpy(column) for name, column in statistics.items()},
             _CELLS: torch.from_numpy(thumbnails(images)),
         }

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -19,10 +21,40 @@ from crd.atomic import replace_file
 from crd.errors import CRDError
 from crd.eval_record import EvalRecord, read_record
 from crd.evaluation import SHOWN, EvalResult
+from crd.json_files import JsonObject
 
 FOLDER, EVENTS, PICTURES = "evaluations", "events.jsonl", "events"
 UPDATE, BASE = "update-", "base-cfg-"
 TILES, COLUMNS, TILE = SHOWN, 8, 160  # at most so many pictures, so many in a row, of so many px
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures of an evaluation as tiles of one file: number n lies at row n // columns, column n % columns."""
+
+    path: Path
+    indices: tuple[int, ...]  # which images of the evaluation are pictured
+    tile: int  # px
+    columns: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the JSON beside it says it; `parse_sheet` reads it back."""
+        return {"file": self.path.name, "indices": self.indices, "tile": self.tile, "columns": self.columns}
+
+
+def parse_sheet(found: JsonObject, folder: Path, images: int) -> Sheet:
+    """The sheet of a JSON object.
+
+    Args:
+        found: of `Sheet.to_dict`.
+        folder: where it lies.
+        images: of the evaluation.
+
+    Raises:
+        CRDError: it describes no sheet.
+    """
+    indices = tuple(found.indices("indices", images).tolist())
+    return Sheet(folder / found.text("file"), indices, found.integer("tile", 1), found.integer("columns", 1))
 
 
 class EvaluationFiles:
@@ -89,20 +121,30 @@ class EvaluationFiles:
             handle.write(json.dumps(content) + "\n")
 
     def tile(self, update: int, index: int) -> Image.Image:
-        """Image `index`, below `TILES`, of the evaluation after `update` updates; raises OSError."""
-        with Image.open(self.folder / f"{UPDATE}{update:06d}.webp") as sheet:
-            side = sheet.width // COLUMNS
-            left, top = index % COLUMNS * side, index // COLUMNS * side
-            return sheet.crop((left, top, left + side, top + side)).convert("RGB")
+        """Image `index`, below `TILES`, of the evaluation after `update` updates.
+
+        Raises:
+            CRDError: the sheet is lost or damaged.
+        """
+        path = self.folder / f"{UPDATE}{update:06d}.webp"
+        try:
+            with Image.open(path) as sheet:
+                side = sheet.width // COLUMNS
+                left, top = index % COLUMNS * side, index // COLUMNS * side
+                return sheet.crop((left, top, left + side, top + side)).convert("RGB")
+        except OSError as error:
+            why = f"is damaged ({error})" if path.is_file() else "is missing"
+            raise CRDError(f"{path}, whose pictures the alarm shows beside later ones, {why}; restore it, or go on "
+                           "with --alarm off") from error  # fmt: skip
 
     def _save(self, name: str, result: EvalResult, update: int | None) -> None:
         self.folder.mkdir(exist_ok=True)
         shown = result.images[:TILES]
         side = min(TILE, max(shown[0].size))
-        sheet = _sheet(shown, side)
-        replace_file(self.folder / f"{name}.webp", lambda path: sheet.save(path, "WEBP", quality=90))
-        pictures = {"file": f"{name}.webp", "indices": list(range(len(shown))), "tile": side, "columns": COLUMNS}
-        text = json.dumps({"update": update, **result.record.to_dict(), "pictures": pictures}) + "\n"
+        sheet = Sheet(self.folder / f"{name}.webp", tuple(range(len(shown))), side, COLUMNS)
+        tiles = _tiles(shown, side)
+        replace_file(sheet.path, lambda path: tiles.save(path, "WEBP", quality=90))
+        text = json.dumps({"update": update, **result.record.to_dict(), "pictures": sheet.to_dict()}) + "\n"
         replace_file(self.folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -126,7 +168,7 @@ def _is_event_until(update: int, line: str) -> bool:
         return False
 
 
-def _sheet(images: list[Image.Image], side: int) -> Image.Image:
+def _tiles(images: list[Image.Image], side: int) -> Image.Image:
     """Tiles of `side` px, `COLUMNS` in a row; an image that is not square is fitted in."""
     sheet = Image.new("RGB", (COLUMNS * side, -(-len(images) // COLUMNS) * side))
     for place, image in enumerate(images):

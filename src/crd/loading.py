@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from crd.backbones import Backbone, load_backbone
+from crd.backbones import Backbone, check_source, load_backbone
 from crd.checkpoint import PREFIX, CheckpointFolder
 from crd.config import CRDConfig
 from crd.config_io import load_config
@@ -43,12 +43,44 @@ def run_config(target: str | Path) -> CRDConfig | None:
     return load_config(path / CONFIG_FILE) if is_run(path) else None
 
 
-def base_name(target: str | Path, base: str | None = None) -> str:
-    """The model under what `load_model` would load, or that model itself; nothing is loaded."""
+def takes_base(target: str | Path) -> bool:
+    """Whether `target` does not say itself what model is under it: a LoRA folder, or a run of a model object."""
     config = run_config(target)
-    if config is None and not (Path(target) / LORA_FILE).is_file():
-        return str(target)
-    return base or (CRDConfig if config is None else config).model
+    return (Path(target) / LORA_FILE).is_file() if config is None else config.model == GIVEN_IN_PYTHON
+
+
+def base_name(target: str | Path, base: str | None = None) -> str:
+    """The model under what `load_model` would load, or that model itself; nothing is loaded.
+
+    Raises:
+        CRDError: `base` is missing, or `target` has one of its own.
+    """
+    config, free = run_config(target), takes_base(target)
+    if base is not None and not free and config is not None:
+        raise CRDError(f"{target} is a run and names its own base model, got --base {base} too; leave it out")
+    if base is not None and not free:
+        raise CRDError(f"--base is for LoRA folders and {target} is none (it has no {LORA_FILE}); leave it out")
+    if base is None and free and config is not None:
+        raise CRDError(f"{target} was trained from an object given in Python; name its model with --base MODEL")
+    if base is not None:
+        return base
+    if config is not None:
+        return config.model
+    return CRDConfig.model if free else str(target)
+
+
+def check_target(target: str | Path, base: str | None = None, checkpoint: str = "last") -> None:
+    """Refuse what `load_model` could not find, before anything is loaded; arguments as there.
+
+    Raises:
+        CRDError: nothing usable there.
+    """
+    path = Path(target)
+    if is_run(path):
+        checkpoint_number(CheckpointFolder(path / "checkpoints", keep=1), checkpoint)
+    elif checkpoint != "last":
+        raise CRDError(f"--checkpoint {checkpoint} is for runs and {target} is none (it has no {CONFIG_FILE})")
+    check_source(base_name(target, base))
 
 
 def judged_prompts(field: str, source: Prompts, rewards: RewardSet) -> PromptDataset:
@@ -124,19 +156,15 @@ def load_model(
     Raises:
         CRDError: nothing usable there.
     """
-    path = Path(target)
+    check_target(target, base, checkpoint)
+    path, model = Path(target), base_name(target, base)
     if is_run(path):
-        return _load_run(path, base, checkpoint, device)
-    if checkpoint != "last":
-        raise CRDError(f"--checkpoint {checkpoint} is for runs and {target} is none (it has no {CONFIG_FILE})")
+        return _load_run(path, model, checkpoint, device)
+    backbone = load_backbone(model, device=device)
     if (path / LORA_FILE).is_file():
-        backbone = load_backbone(base_name(path, base), device=device)
         snapshots = Snapshots(backbone.denoiser, "lora", read_lora_settings(path), roles=())
         load_lora(snapshots, path)
         return LoadedModel(backbone, snapshots, POLICY, None)
-    if base is not None:
-        raise CRDError(f"--base is for LoRA folders and {target} is none (it has no {LORA_FILE}); leave it out")
-    backbone = load_backbone(target, device=device)
     # An untouched adapter costs nothing, and gives every model the same roles.
     snapshots = Snapshots(backbone.denoiser, "lora", LoraSettings(backbone.lora_targets, rank=1, alpha=1.0), roles=())
     return LoadedModel(backbone, snapshots, ANCHOR, None)
@@ -167,18 +195,13 @@ def checkpoint_number(checkpoints: CheckpointFolder, wanted: str) -> int:
     return int(number)
 
 
-def _load_run(path: Path, base: str | None, wanted: str, device: str) -> LoadedModel:
+def _load_run(path: Path, model: str, wanted: str, device: str) -> LoadedModel:
     config = load_config(path / CONFIG_FILE)
-    nameless = config.model == GIVEN_IN_PYTHON
-    if nameless and base is None:
-        raise CRDError(f"{path} was trained from an object given in Python; name its model with --base MODEL")
-    if base is not None and not nameless:
-        raise CRDError(f"{path} is a run and names its own base model, got --base {base} too; leave it out")
     checkpoints = CheckpointFolder(path / "checkpoints", config.keep_checkpoints)
     state = checkpoints.load(checkpoint_number(checkpoints, wanted))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    backbone = load_backbone(base or config.model, dtype=_DTYPES[config.base_dtype], device=device)
+    backbone = load_backbone(model, dtype=_DTYPES[config.base_dtype], device=device)
     snapshots = build_snapshots(backbone, config, roles=())
     snapshots.load_state(POLICY, state.tensors[POLICY])
     return LoadedModel(backbone, snapshots, POLICY, config)

@@ -319,7 +319,7 @@ class CRDTrainer:
         if verdict is not None:
             best = verdict.eligible and self.books.is_best(verdict.result.mean)
             final = final or verdict.stop
-            if verdict.raise_kl and self.progress.kl_scale < KL_SCALE_MAX:
+            if verdict.raise_kl:
                 self.progress.kl_scale *= 2
                 self._set_kl(self.progress.kl_scale)
                 console.print(f"the alarm raises the KL strengths to {self.progress.kl_scale:g} times their settings")
@@ -344,7 +344,9 @@ class CRDTrainer:
         if self.watch is None:
             return None
         done = self.progress.updates_done
-        verdict = self.watch.evaluate(done)
+        # An event records what was done about it, so what cannot be done is not asked for.
+        raisable = self.progress.kl_scale < KL_SCALE_MAX
+        verdict = self.watch.evaluate(done, can_stop=done < self.args.updates, can_raise=raisable)
         result = verdict.result
         self.books.log_evaluation(done, result)
         console.print(f"update {done}: held-out reward {result.mean:.3f} ({len(result.prompts)} images, no CFG)")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crd.alarm import WARN, Evaluated, Event, check, fallen, held_out_columns
+from crd.alarm import NOTHING, OFF, RAISE_KL, STOP, TELL, WARN, Evaluated, Event, check, fallen, held_out_columns
 from crd.console import console
 from crd.errors import CRDError
 from crd.eval_record import EvalRecord
@@ -62,30 +62,43 @@ class Watch:
             if not self.evaluator.draws(record):
                 raise CRDError(f"the evaluation prompts are not those of the run: {self.files.folder} holds "
                                f"{len(record.prompts)} others; restore the prompts, or start a new run")  # fmt: skip
+            told = None if record.protocol is None else record.protocol.unlike(self.evaluator.protocol)
+            if told is not None:
+                raise CRDError(f"the evaluations in {self.files.folder} were measured otherwise than this run would: "
+                               f"{told}; set it back, or start a new run")  # fmt: skip
+        if history and self.action != OFF:
+            self.files.tile(0, 0)  # what an event would show must be there
         # Nothing is dropped before all is read: a refused resume changes nothing.
         self.ranks.on_main(lambda: self._tidy(update))
         self.history, self._guided = history, guided
 
-    def evaluate(self, update: int) -> Verdict:
+    def evaluate(self, update: int, *, can_stop: bool = True, can_raise: bool = True) -> Verdict:
         """Evaluate the policy, keep the record, and judge it.
 
+        Args:
+            update: that it comes after.
+            can_stop: whether there is anything left to stop; else a warning is told only.
+            can_raise: the same of the KL strengths.
+
         Raises:
-            CRDError: a scorer failed, or the record cannot be written.
+            CRDError: a scorer failed, the record cannot be written, or the pictures of the base model are lost.
         """
         result = self.evaluator(POLICY)
-        if self._guided is None and self.action != "off":
+        if self._guided is None and self.action != OFF:
             guided = self.evaluator(ANCHOR, self.evaluator.anchor_guidance)
             self._guided = guided.record
             self._keep(lambda: self.files.save_base(guided))
         self.history.append(Evaluated(update, result.record))
         self._keep(lambda: self.files.save_policy(update, result))
         # A run that is resumed with the alarm off still has the guided base model's record.
-        events = [] if self.action == "off" or self._guided is None else check(self.history, self._guided)
+        events = [] if self.action == OFF or self._guided is None else check(self.history, self._guided)
+        possible = {STOP: can_stop, RAISE_KL: can_raise}
+        action = self.action if possible.get(self.action, False) else TELL
         for event in events:
-            self._tell(event, result)
+            self._tell(event, action if event.level == WARN else NOTHING, result)
         warned = any(event.level == WARN for event in events)
         return Verdict(
-            result, events, stop=warned and self.action == "stop", raise_kl=warned and self.action == "raise_kl",
+            result, events, stop=warned and action == STOP, raise_kl=warned and action == RAISE_KL,
             eligible=self._eligible(result.record),
         )  # fmt: skip
 
@@ -105,12 +118,12 @@ class Watch:
         base = self.history[0].record
         return not any(fallen(record, base, column) for column in held_out_columns(record))
 
-    def _tell(self, event: Event, result: EvalResult) -> None:
+    def _tell(self, event: Event, action: str, result: EvalResult) -> None:
         style = "yellow" if event.level == WARN else ""
         console.print(f"{event.level}: update {event.update}: {event.message}", style=style, markup=False)
         index = self._example(event.column, result.record)
-        action = self.action if event.level == WARN else "none"
-        self._keep(lambda: self.files.save_event(event, action, self.files.tile(0, index), result.images[index]))
+        before = self.files.tile(0, index)
+        self._keep(lambda: self.files.save_event(event, action, before, result.images[index]))
 
     def _example(self, column: str | None, now: EvalRecord) -> int:
         """Of the images that are kept, the one in which a score or statistic changed most since the base model."""

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from crd.backbones.base import Backbone, guided_velocity
 from crd.errors import CRDError
 
-__all__ = ["FAMILIES", "TINY_SD3", "Backbone", "guided_velocity", "load_backbone"]
+__all__ = ["FAMILIES", "TINY_SD3", "Backbone", "check_source", "guided_velocity", "load_backbone"]
 
 # Pipeline class -> where its backbone lives. A new family is one file and one line here.
 FAMILIES: dict[str, str] = {
@@ -68,6 +68,17 @@ def load_backbone(
     if max_sequence_length is None:
         return backbone_class(pipeline, device=device)
     return backbone_class(pipeline, device=device, max_sequence_length=max_sequence_length)
+
+
+def check_source(model: str | Path) -> None:
+    """Refuse what `load_backbone` could not find or does not know, without loading it; a hub id is not looked up.
+
+    Raises:
+        CRDError: no such folder, not a pipeline, or an unknown family.
+    """
+    source = _resolve(model)
+    if isinstance(source, Path):
+        _family(str(_read_index(source)["_class_name"]), str(source))
 
 
 def _family(pipeline_class: str, source: str) -> type:

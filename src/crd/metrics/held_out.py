@@ -43,6 +43,11 @@ class HeldOutScores:
         """Names of the scorers."""
         return list(self._judged)
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """How each scorer was asked for, by name."""
+        return {} if self.scorers is None else self.scorers.sources
+
     def use_device(self, device: str) -> None:
         """Tell scorers that have networks of their own where the run computes."""
         if self.scorers is not None:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from crd.report.estimates import Estimate, band, curve, guided_base
+from crd.eval_record import HELD_OUT, STATISTIC
+from crd.report.estimates import band, curve, guided_base
+from crd.report.evaluations import Estimate
 from crd.report.read_run import Run
 from crd.report.words import distinct, is_reward, title
 
@@ -30,7 +32,7 @@ def figure_data(runs: Sequence[Run]) -> dict[str, Any]:
                 "name": run.name,
                 "axes": _axes(run),
                 "events": [
-                    {"update": event.update, "level": event.level, "rule": event.rule, "message": event.message}
+                    {"update": event.update, "kind": event.kind, "rule": event.rule, "message": event.message}
                     for event in run.events or ()
                 ],
             }
@@ -47,7 +49,7 @@ def _metrics(runs: Sequence[Run]) -> set[str]:
         for record in run.metrics:
             found |= {name for name, value in record.numbers.items() if not math.isnan(value)}
         for evaluation in run.evaluations:
-            found |= set(evaluation.metrics())
+            found |= set(evaluation.estimates)
     return set(distinct(found - _NOT_DRAWN))
 
 
@@ -55,10 +57,10 @@ def _group(metric: str) -> int:
     """Place of a metric's kind on the page."""
     if metric == "reward" or is_reward(metric):
         return 0 if metric == "reward" else 1
-    if metric.startswith("held_out_"):
+    if metric.startswith(HELD_OUT):
         return 2
     fixed = {"kl_to_anchor": 3, "kl": 4, "diversity": 5}
-    return fixed.get(metric, 6 if metric.startswith("stat_") else 7)
+    return fixed.get(metric, 6 if metric.startswith(STATISTIC) else 7)
 
 
 def _ordered(metrics: Iterable[str]) -> list[str]:
@@ -67,7 +69,7 @@ def _ordered(metrics: Iterable[str]) -> list[str]:
 
 def _across(metrics: Sequence[str]) -> list[str]:
     """What drift may be read from, KL first."""
-    found = [metric for metric in metrics if metric.startswith("held_out_")]
+    found = [metric for metric in metrics if metric.startswith(HELD_OUT)]
     return [name for name in ("kl_to_anchor", *found, "diversity") if name in metrics]
 
 
@@ -84,12 +86,12 @@ def _panel(runs: Sequence[Run], metric: str) -> dict[str, Any]:
 def _lines(run: Run, metric: str) -> dict[str, Any]:
     points = curve(run, metric)
     training = [(one.update, one.numbers[metric]) for one in run.records("train") if metric in one.numbers]
-    shaded = band(run, metric) if metric.startswith("stat_") else None
+    shaded = band(run, metric) if metric.startswith(STATISTIC) else None
     return {
         "train": [[update, rounded(value)] for update, value in training],
         "eval": [[point.update, *_three(point.value)] for point in points],
         "base": next((rounded(point.value.mean) for point in points if point.update == 0), None),
-        "guided": [[scale, rounded(value.mean)] for scale, value in guided_base(run, metric)],
+        "guided": [[one.scale, rounded(one.value.mean), one.label] for one in guided_base(run, metric)],
         "band": None if shaded is None else [rounded(value) for value in shaded],
     }
 

@@ -17,10 +17,12 @@ import jinja2
 from crd.errors import CRDError
 from crd.report import tables
 from crd.report.figures import figure_data
-from crd.report.pictures import BUDGET, grid_data, load_album, sheet_texts
+from crd.report.pictures import Album, blank_album, grid_data, load_album, sheet_texts
 from crd.report.read_run import Run, read_runs
 from crd.report.words import count, duration, number, signed
 
+LIMIT = 10_000_000  # bytes of a page
+_SPARE = 2_000  # bytes for saying what was left out
 _PAGE = files("crd.report") / "page"
 _SCRIPTS = ("format.js", "axes.js", "charts.js", "plane.js", "pictures.js", "viewer.js", "page.js")
 
@@ -57,45 +59,47 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def render(runs: Sequence[Run], budget: int = BUDGET) -> str:
+def render(runs: Sequence[Run], limit: int = LIMIT) -> str:
     """The page as text.
 
     Args:
         runs: as read.
-        budget: bytes of all pictures together, before base64.
+        limit: bytes; pictures are left out or made smaller where they do not fit.
 
     Raises:
-        CRDError: a picture cannot be read, or they cannot be made to fit the budget.
+        CRDError: a picture cannot be read, or they cannot be made to fit.
     """
-    album = load_album(runs, budget)
     style = _asset("report.css")
     script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "})();\n"
-    grids = [grid_data(run, index, album) for index, run in enumerate(runs)]
-    data = {**figure_data(runs), "grids": grids}
+    figures = figure_data(runs)
     differing, usual = tables.settings(runs)
     # Undefined names are mistakes of the template; everything is escaped unless marked safe there.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     environment.filters |= {"number": number, "signed": signed, "duration": duration}
-    environment.globals |= {"count": count, "level_words": tables.LEVEL_WORDS}
-    return environment.from_string(_asset("template.html")).render(
-        policy=_policy(style, script),
-        style=style,
-        script=script,
-        data=_json(data),
-        runs=runs,
-        summaries=[tables.run_summary(run) for run in runs],
-        numbers=[tables.numbers_table(run) for run in runs],
-        extremes=[tables.extremes(run) for run in runs],
-        drawn=data["panels"],
-        sideways=data["plane"],
-        grids=grids,
-        sheets=[sheet for index, run in enumerate(runs) for sheet in sheet_texts(run, index, album)],
-        album=album,
-        differing=differing,
-        usual=usual,
-        environments=tables.environments(runs),
-    )
+    environment.globals |= {"count": count, "event_word": tables.event_word, "kind_words": tables.KIND_WORDS}
+    template = environment.from_string(_asset("template.html"), globals={
+        "policy": _policy(style, script),
+        "style": style,
+        "script": script,
+        "runs": runs,
+        "summaries": [tables.run_summary(run) for run in runs],
+        "numbers": [tables.numbers_table(run) for run in runs],
+        "extremes": [tables.extremes(run) for run in runs],
+        "drawn": figures["panels"],
+        "sideways": figures["plane"],
+        "differing": differing,
+        "usual": usual,
+        "environments": tables.environments(runs),
+    })  # fmt: skip
+
+    def fill(album: Album) -> str:
+        grids = [grid_data(run, index, album) for index, run in enumerate(runs)]
+        sheets = [sheet for index, run in enumerate(runs) for sheet in sheet_texts(run, index, album)]
+        return template.render(album=album, grids=grids, sheets=sheets, data=_json({**figures, "grids": grids}))
+
+    rest = len(fill(blank_album(runs)).encode("utf-8")) + _SPARE
+    return fill(load_album(runs, limit - rest))
 
 
 def _asset(name: str) -> str:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crd.alarm import STOP
 from crd.checkpoint import CheckpointFolder
 from crd.errors import CRDError
+from crd.evaluation_files import EVENTS, FOLDER
+from crd.json_files import JsonObject, read_object, read_object_lines
 from crd.report.evaluations import Evaluation, Event, read_evaluations, read_events
-from crd.report.json_files import JsonObject, read_object, read_object_lines
 from crd.run_folder import CONFIG_FILE, SUMMARY_FILE
 from crd.text_files import parse_yaml, read_text
 from crd.tracker import METRICS_FILE
@@ -65,6 +67,21 @@ class Run:
         """The last evaluation after update 0."""
         return self.during[-1] if self.during and self.during[-1].update else None
 
+    @property
+    def updates(self) -> int:
+        """How many the run was trained for, so far."""
+        return max((record.update for record in self.metrics if record.kind == "train"), default=0)
+
+    @property
+    def best_guidance(self) -> float | None:
+        """CFG scale of the base model's highest reward among those that the run tried at its end."""
+        key = "base_cfg_scale"
+        return self.summary.number(key) if self.summary is not None and self.summary.has(key) else None
+
+    def ended_by(self, event: Event) -> bool:
+        """Whether an event stopped the run for good: not, if it was resumed."""
+        return event.action == STOP and event.update >= self.updates
+
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs of a report, each with a name of its own.
@@ -97,13 +114,13 @@ def read_run(path: Path, name: str) -> Run:
     if not isinstance(config, dict):
         raise CRDError(f"{path / CONFIG_FILE} must hold a mapping, got {type(config).__name__}; restore the file")
     metrics, missing = _metrics(path / METRICS_FILE)
-    evaluations, without = read_evaluations(path / "evaluations")
+    evaluations, without = read_evaluations(path / FOLDER)
     missing += without if evaluations else ["per-prompt numbers, intervals and pictures (no evaluations/ in the run)"]
     if evaluations and all(one.sheet is None for one in evaluations):
         missing.append("pictures (no evaluation kept any)")
     events: list[Event] | None = None
-    if (path / "events.jsonl").is_file():
-        events, without = read_events(path, path / "events.jsonl")
+    if (path / EVENTS).is_file():
+        events, without = read_events(path, path / EVENTS)
         missing += without
     elif evaluations and config.get("alarm", "off") != "off":
         events = []  # the log is made with its first event

@@ -10,14 +10,16 @@ from typing import Any
 
 import yaml
 
+from crd.alarm import NOTE, RAISE_KL, STOP, WARN
 from crd.config import CRDConfig
-from crd.report.estimates import Estimate, PromptChange, change, curve, guided_base, prompt_changes
-from crd.report.evaluations import Event
+from crd.eval_record import HELD_OUT
+from crd.report.estimates import PromptChange, change, curve, guided_base, prompt_changes
+from crd.report.evaluations import Estimate, Event, moment
 from crd.report.read_run import Run
 from crd.report.words import count, distinct, duration, is_reward, number, signed, title
 
 _EXTREMES = 5
-LEVEL_WORDS = {"note": "Note", "warn": "Warning", "raise_kl": "KL raised", "stop": "Stopped"}
+KIND_WORDS = {NOTE: "Note", WARN: "Warning", RAISE_KL: "KL raised", STOP: "Stopped"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class RunSummary:
     """The head of a report, for one run."""
 
     facts: tuple[tuple[str, str], ...]
-    alarm_level: str  # "none" or a level of events
+    alarm_level: str  # "none" or a kind of events
     alarm: str
     scores: tuple[ScoreRow, ...]
     guided_labels: tuple[str, ...]
@@ -68,41 +70,49 @@ class Setting:
 def run_summary(run: Run) -> RunSummary:
     """Facts, alarm state and held-out numbers of a run."""
     names = dict.fromkeys(name for record in run.records("eval") for name in record.numbers)
-    names |= dict.fromkeys(name for one in run.evaluations for name in one.scores)
+    names |= dict.fromkeys(name for one in run.evaluations for name in one.record.scores)
     told = sorted(distinct(names))
     wanted = [
         "reward",
-        *(name for name in told if is_reward(name)),
-        *(name for name in told if name.startswith("held_out_")),
+        *filter(is_reward, told),
+        *filter(_held_out_score, told),
     ]
     rows = [row for row in (_score_row(run, name) for name in wanted) if row is not None]
-    level, alarm = alarm_state(run.events)
+    level, alarm = alarm_state(run)
     labels = tuple(dict.fromkeys(label for row in rows for label, _, _ in row.guided))
     return RunSummary(tuple(_facts(run)), level, alarm, tuple(rows), labels)
 
 
-def alarm_state(events: Sequence[Event] | None) -> tuple[str, str]:
-    """The gravest level among a run's events, and the state in words."""
-    if events is None:
+def alarm_state(run: Run) -> tuple[str, str]:
+    """The gravest kind among a run's events, and the state in words."""
+    if run.events is None:
         return "none", "No event log in this run."
-    alarms = [event for event in events if event.level != "note"]
+    alarms = [event for event in run.events if event.level == WARN]
     if not alarms:
-        return "none", "No alarm: no rule spoke beyond a note." if events else "No alarm: no rule spoke."
-    last = next((event for event in reversed(alarms) if event.level == "stop"), alarms[-1])
-    if last.level == "stop":
-        return "stop", f"At update {last.update} by {last.rule}: {last.message}"
-    raised = sum(event.level == "raise_kl" for event in alarms)
-    warned = len(alarms) - raised
-    words = [count(warned, "warning")] if warned else []
-    words += [f"KL raised {count(raised, 'time')}"] if raised else []
-    level = "raise_kl" if raised else "warn"
-    return level, f"{', '.join(words)}; the last at update {last.update} by {last.rule}: {last.message}"
+        return "none", "No alarm: no rule spoke beyond a note." if run.events else "No alarm: no rule spoke."
+    last = next((event for event in alarms if run.ended_by(event)), None)
+    if last is not None:
+        return STOP, f"At update {last.update} by {last.rule}: {last.message}"
+    # One evaluation may warn by several rules, and is answered once.
+    raised = {event.update for event in alarms if event.action == RAISE_KL}
+    stopped = sorted({event.update for event in alarms if event.action == STOP})
+    words = [count(len(alarms), "warning")]
+    words += [f"KL raised {count(len(raised), 'time')}"] if raised else []
+    words += [f"stopped at update {update}, resumed" for update in stopped]
+    last = alarms[-1]
+    level = RAISE_KL if raised else WARN
+    return level, f"{'; '.join(words)}; the last warning at update {last.update} by {last.rule}: {last.message}"
+
+
+def event_word(run: Run, event: Event) -> str:
+    """What an event was, and what was done about it, in a word or two."""
+    return "Stopped, resumed" if event.kind == STOP and not run.ended_by(event) else KIND_WORDS[event.kind]
 
 
 def extremes(run: Run) -> list[Extremes]:
     """For the reward and every held-out score, the prompts that rose and fell most; [] if no prompt is kept."""
     after = run.after
-    names = [] if after is None else ["reward", *sorted(name for name in after.scores if name.startswith("held_out_"))]
+    names = [] if after is None else ["reward", *sorted(filter(_held_out_score, after.record.scores))]
     found = []
     for name in names:
         changes = prompt_changes(run, name)
@@ -138,14 +148,15 @@ def environments(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
 def numbers_table(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """The evaluations of a run as a table: headers, and rows of a label and one number a metric."""
     names = dict.fromkeys(name for record in run.records("eval") for name in record.numbers)
-    names |= dict.fromkeys(name for one in run.evaluations for name in one.metrics())
+    names |= dict.fromkeys(name for one in run.evaluations for name in one.estimates)
     names = dict.fromkeys(distinct(names))
     curves = {name: {point.update: point.value for point in curve(run, name)} for name in names}
-    guided = {name: dict(guided_base(run, name)) for name in names}
+    guided = {name: {one.label: one for one in guided_base(run, name)} for name in names}
     updates = sorted({update for points in curves.values() for update in points})
-    rows = [(_moment(update), [_cell(curves[name].get(update)) for name in names]) for update in updates]
-    scales = sorted({scale for values in guided.values() for scale in values})
-    rows += [(f"base, CFG {scale:g}", [_cell(guided[name].get(scale)) for name in names]) for scale in scales]
+    rows = [(moment(update), [_cell(curves[name].get(update)) for name in names]) for update in updates]
+    scales = {one.scale: one.label for found in guided.values() for one in found.values()}
+    for _, label in sorted(scales.items()):
+        rows.append((label, [_cell(guided[name][label].value if label in guided[name] else None) for name in names]))
     return [title(name) for name in names], rows
 
 
@@ -160,11 +171,10 @@ def _score_row(run: Run, metric: str) -> ScoreRow | None:
     if moved is None:
         moved = Estimate(last.value.mean - first.value.mean)
     guided = []
-    for scale, value in guided_base(run, metric):
-        against = next((one for one in run.guided if one.guidance == scale), None)
-        gap = change(against, after, metric) if against and after else None
-        difference = last.value.mean - value.mean if gap is None else gap.mean
-        guided.append((f"base, CFG {scale:g}", number(value.mean), signed(difference)))
+    for base in guided_base(run, metric):
+        gap = change(base.evaluation, after, metric) if base.evaluation and after else None
+        difference = last.value.mean - base.value.mean if gap is None else gap.mean
+        guided.append((base.label, number(base.value.mean), signed(difference)))
     known = not math.isnan(moved.low)
     return ScoreRow(
         title(metric),
@@ -180,7 +190,6 @@ def _score_row(run: Run, metric: str) -> ScoreRow | None:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     train = run.records("train")
-    updates = train[-1].update if train else 0
     planned = run.config.get("updates")
     seconds = math.fsum(record.numbers.get("seconds", 0.0) for record in train)
     images = train[-1].numbers.get("images", math.nan) if train else math.nan
@@ -188,7 +197,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts += [("Rewards", _written(run.config.get("rewards", "not recorded")))]
     facts += [("Training prompts", _written(run.config.get("prompts", "not recorded")))]
     facts += [("Held-out prompts", _held_out(run))]
-    facts += [("Updates", f"{updates:,} of {planned:,}" if isinstance(planned, int) else f"{updates:,}")]
+    facts += [("Updates", f"{run.updates:,} of {planned:,}" if isinstance(planned, int) else f"{run.updates:,}")]
     facts += [("Images drawn", number(images))]
     facts += [("Training time", duration(seconds) if math.isfinite(seconds) else "not recorded")]
     facts += [
@@ -202,12 +211,13 @@ def _held_out(run: Run) -> str:
     evaluation = run.evaluations[0] if run.evaluations else None
     if evaluation is None:
         return source
-    counted = f"{count(len(evaluation.prompts), 'prompt')}, {count(len(evaluation.prompt_index), 'image')}"
-    return f"{source} ({counted}, {count(evaluation.steps, 'step')})"
+    record = evaluation.record
+    counted = f"{count(len(record.prompts), 'prompt')}, {count(len(record.prompt_id), 'image')}"
+    return f"{source} ({counted}, {count(record.steps, 'step')})"
 
 
-def _moment(update: int) -> str:
-    return "base" if update == 0 else f"update {update}"
+def _held_out_score(name: str) -> bool:
+    return name.startswith(HELD_OUT)
 
 
 def _cell(value: Estimate | None) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from crd.eval_record import HELD_OUT, REWARD, STATISTIC
+
 MINUS = "\u2212"
 
 _TITLES = {
@@ -58,16 +60,16 @@ def duration(seconds: float) -> str:
 def title(metric: str) -> str:
     """A metric of metrics.jsonl in words: `held_out_clipscore` is "Held out: clipscore"."""
     if is_reward(metric):
-        return "Reward: " + metric.removeprefix("reward_").replace("_", " ")
-    if metric.startswith("held_out_"):
-        return "Held out: " + metric.removeprefix("held_out_").replace("_", " ")
-    plain = metric.removeprefix("stat_").replace("_", " ")
+        return "Reward: " + metric.removeprefix(REWARD).replace("_", " ")
+    if metric.startswith(HELD_OUT):
+        return "Held out: " + metric.removeprefix(HELD_OUT).replace("_", " ")
+    plain = metric.removeprefix(STATISTIC).replace("_", " ")
     return _TITLES.get(metric, plain[:1].upper() + plain[1:])
 
 
 def is_reward(metric: str) -> bool:
     """Whether it is one of the rewards that the total is made of."""
-    return metric.startswith("reward_") and metric != "reward_correlation"
+    return metric.startswith(REWARD) and metric != "reward_correlation"
 
 
 def distinct(metrics: Iterable[str]) -> list[str]:

@@ -41,7 +41,7 @@ from crd.rewards.abilities import (
     SelfTesting,
 )
 from crd.rewards.asked import own_columns, rows_asked
-from crd.rewards.registry import resolve, reward_name
+from crd.rewards.registry import resolve, reward_name, reward_path
 from crd.rewards.signature import ColumnUse, column_use, quote
 from crd.rewards.values import score_list
 
@@ -58,6 +58,7 @@ class WeightedReward:
     function: RewardFunction
     weight: float
     range: tuple[float, float] | None
+    source: str  # as it was asked for: a name, `NAME=SOURCE`, or `module:function`, also of a callable
 
     @property
     def judge(self) -> str | None:
@@ -113,6 +114,11 @@ class RewardSet:
     def weights(self) -> dict[str, float]:
         """Weight of each reward by name."""
         return {reward.name: reward.weight for reward in self.rewards}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """How each reward was asked for, by name."""
+        return {reward.name: reward.source for reward in self.rewards}
 
     def check_prompts(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
         """Refuse, at load time, prompts that the rewards asked about them cannot score; columns included.
@@ -225,7 +231,8 @@ class RewardSet:
 def _weighted(function: str | RewardFunction, weight: float) -> WeightedReward:
     resolved = resolve(function)
     score_range = resolved.score_range if isinstance(resolved, Ranged) else None
-    return WeightedReward(reward_name(function, resolved), resolved, weight, score_range)
+    source = function if isinstance(function, str) else reward_path(function)
+    return WeightedReward(reward_name(function, resolved), resolved, weight, score_range, source)
 
 
 def _refuse_gaps(name: str, function: GapLeaving) -> None:

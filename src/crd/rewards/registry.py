@@ -76,9 +76,15 @@ def reward_name(reward: str | Callable[..., Any], resolved: Callable[..., Any]) 
         return reward.partition("=")[0]
     if inspect.isroutine(resolved):
         return str(resolved.__name__)
-    registered = f"{type(resolved).__module__}:{type(resolved).__qualname__}"
-    names = [name for name, path in REGISTRY.items() if path == registered]
-    return names[0] if names else type(resolved).__name__
+    path = reward_path(resolved)
+    return path if path in REGISTRY else type(resolved).__name__
+
+
+def reward_path(reward: Callable[..., Any]) -> str:
+    """The name that a callable is registered under, else its `module:name`, or that of its class."""
+    found = reward if inspect.isroutine(reward) or inspect.isclass(reward) else type(reward)
+    path = f"{found.__module__}:{found.__qualname__}"
+    return next((name for name, registered in REGISTRY.items() if registered == path), path)
 
 
 def _unknown(name: str) -> str:

@@ -90,7 +90,7 @@ function shadedBands(curves, frame) {
 function baseLines(curves, frame) {
   const found = unique(curves.flatMap(({ lines }) => [
     ...(lines.base === null ? [] : [{ label: 'base', value: lines.base }]),
-    ...lines.guided.map(([scale, value]) => ({ label: `base, CFG ${scale}`, value }))]));
+    ...lines.guided.map(([, value, label]) => ({ label, value }))]));
   found.sort((a, b) => b.value - a.value);
   const labels = [];
   const lines = found.map(({ label, value }) => {
@@ -109,11 +109,11 @@ function unique(items) {
 }
 
 function alarmMarks(frame) {
-  return visibleRuns().flatMap((run) => data.runs[run].events.filter((event) => event.level !== 'note').flatMap((event) => {
+  return visibleRuns().flatMap((run) => data.runs[run].events.filter((event) => event.kind !== 'note').flatMap((event) => {
     const place = placeOf(run, event.update);
     if (place === null) return [];
     const x = frame.toX(place);
-    const shape = { warn: 'M0,-6L6,5H-6Z', raise_kl: 'M0,-6L5,0H2V6H-2V0H-5Z', stop: 'M-5,-5H5V5H-5Z' }[event.level];
+    const shape = { warn: 'M0,-6L6,5H-6Z', raise_kl: 'M0,-6L5,0H2V6H-2V0H-5Z', stop: 'M-5,-5H5V5H-5Z' }[event.kind];
     return [svg('line', { class: 'alarm-line', x1: x, x2: x, y1: MARGIN.top - 4, y2: frame.bottom }),
       svg('path', { class: 'alarm-mark', d: shape, transform: `translate(${x},${MARGIN.top - 10})` },
         svg('title', {}, `update ${event.update}, ${event.rule}: ${event.message}`))];
@@ -154,7 +154,7 @@ function curveStops(curves, frame, panel) {
     }
     for (const event of data.runs[run].events) {
       const place = placeOf(run, event.update);
-      if (place !== null && event.level !== 'note') stopAt(place).alarms.push(event);
+      if (place !== null && event.kind !== 'note') stopAt(place).alarms.push(event);
     }
   }
   const sorted = [...stops.values()].sort((a, b) => a.value - b.value);

@@ -26,7 +26,7 @@ function planePaths(metric) {
       .map(([update, x]) => ({ run, update, x, y: reward.get(update), label: update === 0 ? 'base' : `update ${update}` }));
     const guided = new Map((up ? up.runs[run].guided : []).map(([scale, y]) => [scale, y]));
     const bases = across.runs[run].guided.filter(([scale]) => guided.has(scale))
-      .map(([scale, x]) => ({ run, update: null, x, y: guided.get(scale), label: `base, CFG ${scale}` }));
+      .map(([scale, x, label]) => ({ run, update: null, x, y: guided.get(scale), label }));
     return { run, points, bases };
   });
 }

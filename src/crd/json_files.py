@@ -1,4 +1,4 @@
-"""The JSON files of a run folder, every value checked as it is read, every complaint with its file and line."""
+"""JSON files of runs and evaluations, every value checked as it is read, every complaint with its file and line."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class JsonObject:
             raise self._wrong(name, "a string", value)
         return value
 
-    def integer(self, name: str) -> int:
+    def integer(self, name: str, least: int | None = 0) -> int:
         value = self._value(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise self._wrong(name, "an integer of at least 0", value)
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            raise self._wrong(name, "an integer" if least is None else f"an integer of at least {least}", value)
         return value
 
     def number(self, name: str) -> float:
@@ -46,6 +46,13 @@ class JsonObject:
         if not _is_number(value):
             raise self._wrong(name, "a number or null", value)
         return _number(value)
+
+    def real(self, name: str) -> float:
+        """A number that must be there."""
+        value = self.number(name)
+        if math.isnan(value):
+            raise self._wrong(name, "a finite number", self.content[name])
+        return value
 
     def inner(self, name: str) -> JsonObject:
         value = self._value(name)
@@ -84,6 +91,14 @@ class JsonObject:
                 raise self._wrong(name, "a list of numbers or null", value)
         return np.array([_number(value) for value in values], dtype=np.float64)
 
+    def columns(self, length: int) -> dict[str, np.ndarray]:
+        """Every entry of the object, each of which must be a list of that many numbers or null."""
+        return {name: self.numbers(name, length) for name in self.content}
+
+    def all_texts(self) -> dict[str, str]:
+        """Every entry of the object, each of which must be a string."""
+        return {name: self.text(name) for name in self.content}
+
     def all_numbers(self, without: Sequence[str] = ()) -> dict[str, float]:
         """Every other entry of the object, each of which must be a number or null."""
         return {name: self.number(name) for name in self.content if name not in without}
@@ -103,7 +118,19 @@ def read_object(path: Path) -> JsonObject:
     Raises:
         CRDError: no such file, unreadable, or not one JSON object.
     """
-    return _parse(read_text(path, "file", f"no file {path}; restore it"), str(path))
+    return _object(_parse(_text(path), str(path)), str(path))
+
+
+def read_objects(path: Path) -> list[JsonObject]:
+    """The JSON objects of a file that holds a list of them.
+
+    Raises:
+        CRDError: no such file, unreadable, or not a JSON list of objects.
+    """
+    content = _parse(_text(path), str(path))
+    if not isinstance(content, list):
+        raise CRDError(f"{path} must hold a JSON list, got {_short(content)}; restore the file")
+    return [_object(entry, f"{path} entry {number}") for number, entry in enumerate(content, start=1)]
 
 
 def read_object_lines(path: Path) -> tuple[list[JsonObject], bool]:
@@ -114,13 +141,14 @@ def read_object_lines(path: Path) -> tuple[list[JsonObject], bool]:
     Raises:
         CRDError: unreadable, or a line that is not a JSON object.
     """
-    lines = read_text(path, "file", f"no file {path}; restore it").split("\n")
+    lines = _text(path).split("\n")
     found: list[JsonObject] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            found.append(_parse(line, f"{path} line {number}"))
+            where = f"{path} line {number}"
+            found.append(_object(_parse(line, where), where))
         except CRDError:
             if number < len(lines):
                 raise
@@ -128,11 +156,18 @@ def read_object_lines(path: Path) -> tuple[list[JsonObject], bool]:
     return found, False
 
 
-def _parse(text: str, where: str) -> JsonObject:
+def _text(path: Path) -> str:
+    return read_text(path, "file", f"no file {path}; restore it")
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise CRDError(f"{where} is not valid JSON: {error}; restore the file, or remove that part") from error
+
+
+def _object(content: Any, where: str) -> JsonObject:
     if not isinstance(content, dict):
         raise CRDError(f"{where} must hold a JSON object, got {_short(content)}; restore the file")
     return JsonObject(content, where)

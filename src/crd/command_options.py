@@ -1,0 +1,73 @@
+"""What several commands make of their arguments: engine, model, how images are drawn, the file to write."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from crd.config import CRDConfig
+from crd.engine import Engine
+from crd.errors import CRDError
+from crd.evaluation import SamplingSettings
+from crd.loading import LoadedModel, load_model
+
+
+def write_out(path: Path, write: Callable[[Path], object]) -> None:
+    """Create a file for the user, and the folders above it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise CRDError(f"cannot write {path}: {error}; choose another --out") from error
+
+
+def build_engine(args: argparse.Namespace, config: CRDConfig | None) -> Engine:
+    """The engine of `--device`, at the precision of a run.
+
+    Raises:
+        CRDError: several processes were launched.
+    """
+    engine = Engine(CRDConfig.mixed_precision if config is None else config.mixed_precision, args.device)
+    if engine.ranks.world_size > 1:
+        raise CRDError(
+            f"crd {args.command} runs in one process, got {engine.ranks.world_size}; only train takes several"
+        )
+    return engine
+
+
+def load_target(args: argparse.Namespace, engine: Engine) -> LoadedModel:
+    """The model of a command that has one."""
+    return load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device))
+
+
+def sampling_settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> SamplingSettings:
+    """As given, else as the run evaluates."""
+    config = model.config
+    steps = args.steps or (config.eval_steps if config is not None else CRDConfig.eval_steps)
+    solver = CRDConfig.solver if config is None else config.solver
+    return SamplingSettings(steps, guidance, args.batch, *image_size(args, model), solver)
+
+
+def guidance_scales(args: argparse.Namespace, model: LoadedModel) -> list[float]:
+    """Guidance scales: as given, else that of the model as it is."""
+    return args.guidance or [plain_scale(model)]
+
+
+def plain_scale(model: LoadedModel) -> float:
+    """Guidance scale of a model as it is: no CFG, or what it was trained with where the scale is its input."""
+    backbone, config = model.backbone, model.config
+    return backbone.stock_scale if config is None else backbone.trained_scale(config.rollout_guidance)
+
+
+def image_size(args: argparse.Namespace, model: LoadedModel) -> tuple[int, int]:
+    """Height and width of the images, px: as given, else the run's, else the model's own."""
+    config, (height, width) = model.config or CRDConfig(), model.backbone.default_size
+    return args.height or config.height or height, args.width or config.width or width
+
+
+def noise_seed(args: argparse.Namespace, model: LoadedModel) -> int:
+    """Of the noise: a run is judged on the images that its own evaluation drew, unless told otherwise."""
+    if args.seed is not None:
+        return int(args.seed)
+    return CRDConfig.seed if model.config is None else model.config.seed
