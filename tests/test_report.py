@@ -162,12 +162,13 @@ def test_a_whole_run_has_every_section(run: Path) -> None:
     assert page.says("clipscore fell")
     assert page.says("clip 0.210")
     # Before, after, and the guided base model: the mean over prompts of hand-written scores.
-    scores = page.words[page.words.index("After against it") :]
-    assert " ".join(scores.split()).startswith("After against it Reward 0.250 0.750 +0.500")
+    scores = page.words[page.words.index("after against it") :]
+    assert " ".join(scores.split()).startswith("after against it Reward 0.250 0.750 +0.500")
     assert page.says("0.625 +0.125")
     assert [panel["metric"] for panel in page.data["panels"]] == [
         "reward", "held_out_clipscore", "kl_to_anchor", "kl", "diversity", "stat_brightness"
     ]  # fmt: skip
+    assert not page.says("To keep this file small")
     assert page.data["runs"][0]["axes"]["seconds"][-1] == 240
     assert page.data["runs"][0]["axes"]["images"][:2] == [0, 192]
     assert [step["label"] for step in page.data["grids"][0]["steps"]] == [
@@ -207,7 +208,7 @@ def test_the_best_guidance_of_the_base_model_is_shown(run: Path) -> None:
     panels = {panel["metric"]: panel["runs"][0] for panel in page.data["panels"]}
     assert panels["reward"]["guided"] == [[4.5, 0.625, "base, CFG 4.5"], [6.0, 0.7, "base, best CFG (6)"]]
     assert panels["diversity"]["guided"] == [[4.5, 0.25, "base, CFG 4.5"]]
-    assert page.says("base, best CFG (6) After against it Reward 0.250 0.750 +0.500")
+    assert page.says("base, best CFG (6) after against it Reward 0.250 0.750 +0.500")
     assert page.says("0.700 +0.050")
     # The anchor's scale may be the best.
     (run / "summary.json").write_text(json.dumps({**summary, "base_cfg_scale": 4.5}))

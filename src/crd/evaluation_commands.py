@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,9 +115,7 @@ def _evaluate_models(
                 raise CRDError(NO_PAIRS)
             check_protocol(known, target, evaluator.protocol)
         found[target] = [Line(target, evaluator(model.role, scale).record) for scale in guidance_scales(args, model)]
-        # Modules refer to each other in circles; the next model must not find this one in memory.
-        del model, evaluator
-        gc.collect()
+        del model, evaluator  # before the next model is loaded
     return found
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from crd.atomic import replace_file
 from crd.errors import CRDError
 from crd.report import tables
 from crd.report.figures import figure_data
@@ -43,18 +42,10 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         CRDError: not a run folder, a malformed file in one (named, with its line), or `out` cannot be written.
     """
     page = render(read_runs(runs)).encode("utf-8")
-    temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(page)
-        temporary.chmod(0o644)  # mkstemp lets only its owner read
-        os.replace(temporary, out)
+        replace_file(out, lambda path: path.write_bytes(page))
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise CRDError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     return out
 

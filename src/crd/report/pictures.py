@@ -95,7 +95,7 @@ def load_album(runs: Sequence[Run], budget: int) -> Album:
         pictures = _fitted(runs, fit, budget)
         if pictures is not None:
             note = f"To keep this file small, {'; '.join(fit.words)}. The run folder has the originals."
-            thinned = fit.quality is not None or len(pictures) < len(_paths(runs, None))
+            thinned = fit.quality is not None or len(pictures) < len(set(_paths(runs, None)))
             return Album(pictures, fit.scale, note if thinned else "")
     raise CRDError(f"{len(_paths(runs, 3))} pictures of {len(runs)} runs do not fit in {max(budget, 0) / 1e6:.1f} MB "
                    "even at the lowest quality; report fewer runs at once")  # fmt: skip
