@@ -22,6 +22,9 @@ REGISTRY: dict[str, str] = {
     "geneval-tiny-official": "crd.rewards.geneval:TinyGenEvalOfficialReward",
     # The held-out detector of the bundled world: other architecture, seed and data than the one above.
     "geneval-tiny-held-out": "crd.rewards.geneval:TinyHeldOutGenEvalReward",
+    # Other judges of the bundled world that nothing is trained on.
+    "ocr-easyocr": "crd.metrics.ocr_easyocr:EasyOCRScore",
+    "tiny-image-text": "crd.metrics.tiny_image_text:TinyImageText",
     # Preference scorers; each may be given its weights as NAME=SOURCE.
     "clipscore": "crd.metrics.clipscore:CLIPScore",
     "pickscore": "crd.metrics.pickscore:PickScore",

@@ -128,18 +128,28 @@ def _letter_mask(font: int, letter: str, cell: float, height: float) -> np.ndarr
     return np.asarray(image.resize(target, Image.Resampling.LANCZOS), dtype=np.float32) / 255.0
 
 
+def _cell(scene: Scene) -> float:
+    """Width in px of the cell of a letter."""
+    return min(18.0, (SIZE - 8) / len(scene.word)) * scene.scale
+
+
+def letter_centers(scene: Scene) -> list[tuple[float, float]]:
+    """x and y in px of each letter's middle: equal cells, the row centered plus shift."""
+    cell = _cell(scene)
+    x0, y = SIZE / 2 - cell * len(scene.word) / 2 + scene.shift[0], SIZE / 2 + scene.shift[1]
+    return [(x0 + cell * (i + 0.5), y) for i in range(len(scene.word))]
+
+
 def word_mask(scene: Scene) -> np.ndarray:
-    """Coverage (64, 64) in [0, 1] of the word: letters centered in equal cells, the row centered plus shift."""
-    cell = min(18.0, (SIZE - 8) / len(scene.word)) * scene.scale
+    """Coverage (64, 64) in [0, 1] of the word, its letters around `letter_centers`."""
+    cell = _cell(scene)
     height = min(22.0, cell * 1.25)
     mask = np.zeros((SIZE, SIZE), np.float32)
-    x0 = SIZE / 2 - cell * len(scene.word) / 2 + scene.shift[0]
-    y_center = SIZE / 2 + scene.shift[1]
-    for i, letter in enumerate(scene.word):
+    for letter, (x_center, y_center) in zip(scene.word, letter_centers(scene), strict=True):
         glyph = _letter_mask(scene.font, letter, round(cell, 2), round(height, 2))
         h, w = glyph.shape
         y = int(np.clip(round(y_center - h / 2), 0, SIZE - h))
-        x = int(np.clip(round(x0 + cell * (i + 0.5) - w / 2), 0, SIZE - w))
+        x = int(np.clip(round(x_center - w / 2), 0, SIZE - w))
         mask[y : y + h, x : x + w] = np.maximum(mask[y : y + h, x : x + w], glyph)
     return mask
 
