@@ -178,7 +178,7 @@ def update_losses(name: str, folder: Path) -> tuple[float, float]:
         output_dir=str(folder), optimizer_steps=1, eval_prompts=None, tensorboard=False, threads=1,
     )  # fmt: skip
     trainer = CRDTrainer(backbone, ["reward_functions:brightness"], config, train_dataset=PROMPTS)
-    rollout = trainer.rollout(0)
+    rollout = trainer.rollout(trainer.plan(0))
     rewards = trainer.rewards.score(rollout.images, rollout.batch.prompts, rollout.batch.columns)
     advantages = group_advantages(rewards.total, rollout.batch.group_id, clip=5.0)
     images = torch.arange(len(rollout.batch))

@@ -166,7 +166,7 @@ def test_compare_refuses(
         ([file, finished_run, *scores, "--images", "1"], "no pairs can be formed"),
         ([file, finished_run, *scores, "--seed", "3"], "no pairs can be formed"),
         ([file], "nothing to compare: got one evaluation, base, CFG 1; name a second model"),
-        ([model_folder, *scores], f"got one evaluation, {model_folder}, CFG 1"),
+        ([model_folder, *scores], f"got one evaluation, {model_folder};"),
         ([broken, file], "broken.json is not valid JSON"),
         ([file, empty], "empty.json holds an empty list of evaluations"),
         ([tmp_path / "nowhere.json", file], "no file"),

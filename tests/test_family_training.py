@@ -36,7 +36,7 @@ def trainer(name: str, folder: Path, **options: Any) -> CRDTrainer:
 
 def one_batch(run: CRDTrainer, t: float) -> tuple[Rollout, DenoiserOutputs, Tensor, Tensor]:
     """A rollout, the velocities of all roles at noise of time `t`, and x_t and noise there."""
-    rollout = run.rollout(0)
+    rollout = run.rollout(run.plan(0))
     count = len(rollout.batch)
     total = torch.arange(count, dtype=torch.float64)
     advantages = group_advantages(total, rollout.batch.group_id, clip=5.0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crd import commands
+from crd import command_options, commands
 from crd.cli import main
 from crd.config import CRDConfig
 from crd.errors import CRDError
@@ -99,7 +99,7 @@ def test_what_is_cheap_to_check_is_checked_before_any_model_is_loaded(
     def loaded(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(commands, "load_model", loaded)
+    monkeypatch.setattr(command_options, "load_model", loaded)
     monkeypatch.setattr("crd.geneval.shared.load_judge", loaded)
     assert message in refused(benchmark(model_folder, *arguments), capsys)
 
@@ -111,7 +111,7 @@ def test_the_judge_is_tested_before_the_model_is_loaded(
         raise CRDError("the detector sees ghosts")
 
     monkeypatch.setattr(GenEvalJudge, "self_test", fails)
-    monkeypatch.setattr(commands, "load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(command_options, "load_model", lambda *_, **__: 1 / 0)
     assert "sees ghosts" in refused(benchmark(model_folder, "--judge", "tiny"), capsys)
 
 
