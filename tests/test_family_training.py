@@ -13,6 +13,8 @@ from torch import Tensor
 
 from crd.advantages import group_advantages
 from crd.backbones import guided_velocity, load_backbone
+from crd.cli import main
+from crd.comparison import read_evaluations
 from crd.config import CRDConfig
 from crd.errors import CRDError
 from crd.flow import interpolate
@@ -89,3 +91,14 @@ def test_what_a_family_cannot_do_is_refused_before_the_run(tmp_path: Path) -> No
     with pytest.raises(CRDError, match="height must be a positive multiple of 8 for this model, got 20"):
         trainer("SD 1.5, epsilon", run, height=20)
     assert not run.exists()
+
+
+def test_a_distilled_base_model_is_evaluated_without_guidance(tmp_path: Path) -> None:
+    tiny_family("FLUX.1-schnell").save_pretrained(tmp_path / "schnell")
+    (tmp_path / "schnell" / "crd.json").write_text('{"max_sequence_length": 8}')
+    out = tmp_path / "eval.json"
+    side = str(FAMILIES["FLUX.1-schnell"].side)
+    options = ["--prompts", "world:test:2", "--steps", "1", "--height", side, "--width", side, "--out", str(out)]
+    assert main(["eval", str(tmp_path / "schnell"), "--reward", "jpeg-compressibility", *options]) == 0
+    (line,) = read_evaluations(out)
+    assert (line.record.guidance, line.record.protocol.anchor_guidance) == (1.0, 1.0)

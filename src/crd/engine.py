@@ -69,6 +69,11 @@ class Engine:
         return self.accelerator.device
 
     @property
+    def mixed_precision(self) -> str:
+        """ "no" or "bf16"; never "auto"."""
+        return str(self.accelerator.mixed_precision)
+
+    @property
     def sharded(self) -> bool:
         """Whether a process holds only a part of each weight."""
         return self._sharding is not None

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from crd.backbones.base import CFG, Backbone
 from crd.command_options import (
     build_engine,
     guidance_scales,
@@ -190,13 +191,19 @@ def _evaluator(
 ) -> Evaluator:
     """What measures a model; an anchor's scale of None is that of its run."""
     if anchor_guidance is None:
-        anchor_guidance = (model.config or CRDConfig()).anchor_guidance
+        anchor_guidance = _base_anchor(model.backbone) if model.config is None else model.config.anchor_guidance
+    model.backbone.check_scale(anchor_guidance)
     return Evaluator(
         model.backbone, model.snapshots, engine, judges.rewards, judges.held_out, judges.dataset,
         sampling_settings(args, model, plain_scale(model)),
         encode_unconditional(model.backbone, engine, *image_size(args, model)),
         anchor_guidance=anchor_guidance, images_per_prompt=args.images or 1, seed=noise_seed(args, model),
     )  # fmt: skip
+
+
+def _base_anchor(backbone: Backbone) -> float:
+    """Guidance of the base model that a model without a run is measured against: as pipelines draw it by default."""
+    return CRDConfig.anchor_guidance if backbone.guidance == CFG else backbone.stock_scale
 
 
 def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def cache_prompts(
     size = (config.height, config.width)
     order = epoch_order(len(train), 0, config.updates * config.prompts_per_update, config.seed)
     prompts = [train.prompts[index] for index in order] + list(evaluation.prompts if evaluation is not None else ())
-    loaded = f"{model} {config.base_dtype} {config.mixed_precision}"
+    text = backbone.settings()
+    loaded = f"{model} {config.base_dtype} {engine.mixed_precision} {json.dumps(text, sort_keys=True)}"
     cache = PromptCache(folder / "prompts", loaded, str(engine.device))
     distinct = list(dict.fromkeys(prompts))
     share = engine.ranks.share(len(distinct))

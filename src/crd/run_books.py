@@ -32,6 +32,7 @@ class RunBooks:
         self._tracker: Tracker | None = None  # on the first process
         # Mean reward of the best checkpoint. In memory: other processes must not read a file that is being written.
         self.best: float | None = None
+        self._saved: int | None = None  # the update of the last checkpoint
 
     def create(self) -> None:
         """Make the run folder; see `RunFolder.create`."""
@@ -59,6 +60,7 @@ class RunBooks:
         with self.ranks.together():
             best = self.checkpoints.best()
         self.best = None if best is None else best[1]
+        self._saved = update
 
     @contextmanager
     def open(self, resume_from: int | None) -> Iterator[None]:
@@ -103,6 +105,7 @@ class RunBooks:
             self.ranks.on_main(lambda: self.checkpoints.save(update, content))
         else:
             self.ranks.on_main(lambda: self.checkpoints.save(update, checkpoint()))
+        self._saved = update
 
     def is_best(self, reward: float) -> bool:
         """Whether a mean reward is above that of the best checkpoint."""
@@ -114,8 +117,8 @@ class RunBooks:
         self.best = reward
 
     def has_checkpoint(self, update: int) -> bool:
-        """Whether the checkpoint of an update is there."""
-        return update in self.checkpoints.updates()
+        """Whether the last checkpoint is that of an update."""
+        return update == self._saved
 
     def summarise(self, progress: Progress, base: Mapping[float, Mapping[str, float]]) -> dict[str, float]:
         """Write and show the summary; {} on processes other than the first. See `RunFolder.summarise`."""

@@ -117,10 +117,10 @@ class CRDTrainer:
                 self.books.create()
             else:
                 self._go_back(resume)
-            if self.args.cache_prompts:
-                model, folder = self.books.recorded.model, self.books.folder.path
-                cache_prompts(self.backbone, self.engine, self.args, model, folder, self.train_data, self.eval_data)
             try:
+                if self.args.cache_prompts:
+                    model, folder = self.books.recorded.model, self.books.folder.path
+                    cache_prompts(self.backbone, self.engine, self.args, model, folder, self.train_data, self.eval_data)
                 self._run(None if resume is False else self.progress.updates_done or BEFORE_ALL)
                 # The base model at each CFG scale asked for, on the same prompts and noise.
                 watch, scales = self.watch, self.args.eval_base_guidance
@@ -349,7 +349,9 @@ class CRDTrainer:
         verdict = self.watch.evaluate(done, can_stop=done < self.args.updates, can_raise=raisable)
         result = verdict.result
         self.books.log_evaluation(done, result)
-        console.print(f"update {done}: held-out reward {result.mean:.3f} ({len(result.prompts)} images, no CFG)")
+        scale = result.record.guidance
+        how = "no CFG" if scale == 1 else f"guidance {scale:g}"
+        console.print(f"update {done}: held-out reward {result.mean:.3f} ({len(result.prompts)} images, {how})")
         return verdict
 
     def _save_after(self, error: CRDError) -> None:

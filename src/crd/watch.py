@@ -122,8 +122,8 @@ class Watch:
         style = "yellow" if event.level == WARN else ""
         console.print(f"{event.level}: update {event.update}: {event.message}", style=style, markup=False)
         index = self._example(event.column, result.record)
-        before = self.files.tile(0, index)
-        self._keep(lambda: self.files.save_event(event, action, before, result.images[index]))
+        # The first process alone has the files and the pictures.
+        self._keep(lambda: self.files.save_event(event, action, self.files.tile(0, index), result.images[index]))
 
     def _example(self, column: str | None, now: EvalRecord) -> int:
         """Of the images that are kept, the one in which a score or statistic changed most since the base model."""

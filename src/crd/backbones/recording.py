@@ -45,7 +45,8 @@ def record(pipeline: Any, denoiser: nn.Module, scheduler: Any, call: Mapping[str
         seen.update(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
         raise _Stopped
 
-    handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    # Before any other hook: that of sharded weights would gather them from all processes.
+    handle = denoiser.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         stock(**call, output_type="latent", generator=torch.Generator().manual_seed(0))
     except _Stopped:
