@@ -19,7 +19,7 @@ from crd.rewards import RewardSet
 from crd.run_folder import CONFIG_FILE, GIVEN_IN_PYTHON
 from crd.snapshots import ANCHOR, POLICY, LoraSettings, Snapshots
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `CRDConfig.base_dtype`
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `CRDConfig.base_dtype`
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def training_backbone(
     if not isinstance(model, Backbone):
         # A pipeline object keeps the dtype it came with, unless another than the default is asked for.
         as_it_is = isinstance(model, DiffusionPipeline) and config.base_dtype == CRDConfig.base_dtype
-        return load_backbone(model, dtype=None if as_it_is else _DTYPES[config.base_dtype], device=device)
+        return load_backbone(model, dtype=None if as_it_is else DTYPES[config.base_dtype], device=device)
     if config.base_dtype != CRDConfig.base_dtype:
         raise CRDError(
             f"base_dtype={config.base_dtype} is for models that crd loads, got a Backbone object; leave it out and "
@@ -201,7 +201,7 @@ def _load_run(path: Path, model: str, wanted: str, device: str) -> LoadedModel:
     state = checkpoints.load(checkpoint_number(checkpoints, wanted))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    backbone = load_backbone(model, dtype=_DTYPES[config.base_dtype], device=device)
+    backbone = load_backbone(model, dtype=DTYPES[config.base_dtype], device=device)
     snapshots = build_snapshots(backbone, config, roles=())
     snapshots.load_state(POLICY, state.tensors[POLICY])
     return LoadedModel(backbone, snapshots, POLICY, config)

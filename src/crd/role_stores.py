@@ -70,7 +70,7 @@ class AdapterStore:
                 parameter.data = parameter.data.float()
         for name, parameter in self._tensors[POLICY].items():
             if ".lora_A." in name:
-                uniform = torch.rand(parameter.shape, generator=generator)
+                uniform = torch.rand(parameter.shape, generator=generator, device=generator.device)
                 parameter.copy_((2.0 * uniform - 1.0) / parameter[0].numel() ** 0.5)
             else:
                 parameter.zero_()

@@ -15,7 +15,18 @@ from diffusers import DiffusionPipeline
 from crd.backbones.base import Backbone, guided_velocity
 from crd.errors import CRDError
 
-__all__ = ["FAMILIES", "TINY_SD3", "Backbone", "check_source", "guided_velocity", "load_backbone"]
+__all__ = [
+    "FAMILIES",
+    "TINY_SD3",
+    "Backbone",
+    "check_source",
+    "family",
+    "guided_velocity",
+    "load_backbone",
+    "read_json",
+    "read_settings",
+    "resolve_source",
+]
 
 # Pipeline class -> where its backbone lives. A new family is one file and one line here.
 FAMILIES: dict[str, str] = {
@@ -55,16 +66,16 @@ def load_backbone(
         CRDError: no such folder, not a pipeline, an unknown family, or a load that fails.
     """
     if isinstance(model, DiffusionPipeline):
-        _family(type(model).__name__, "the pipeline object")
+        family(type(model).__name__, "the pipeline object")
         pipeline: Any = model
         if dtype is not None:
             pipeline.to(dtype)
     else:
-        source = _resolve(model)
+        source = resolve_source(model)
         pipeline = _load_pipeline(source, torch.float32 if dtype is None else dtype)
         if max_sequence_length is None and isinstance(source, Path):
-            max_sequence_length = _read_settings(source).get("max_sequence_length")
-    backbone_class = _family(type(pipeline).__name__, str(model))
+            max_sequence_length = read_settings(source).get("max_sequence_length")
+    backbone_class = family(type(pipeline).__name__, str(model))
     if max_sequence_length is None:
         return backbone_class(pipeline, device=device)
     return backbone_class(pipeline, device=device, max_sequence_length=max_sequence_length)
@@ -76,12 +87,12 @@ def check_source(model: str | Path) -> None:
     Raises:
         CRDError: no such folder, not a pipeline, or an unknown family.
     """
-    source = _resolve(model)
+    source = resolve_source(model)
     if isinstance(source, Path):
-        _family(str(_read_index(source)["_class_name"]), str(source))
+        family(str(_read_index(source)["_class_name"]), str(source))
 
 
-def _family(pipeline_class: str, source: str) -> type:
+def family(pipeline_class: str, source: str) -> type:
     """The backbone class for a pipeline class name."""
     if pipeline_class not in FAMILIES:
         raise CRDError(f"{source} is a {pipeline_class}; supported pipelines: {', '.join(sorted(FAMILIES))}")
@@ -90,7 +101,7 @@ def _family(pipeline_class: str, source: str) -> type:
     return found
 
 
-def _resolve(model: str | Path) -> str | Path:
+def resolve_source(model: str | Path) -> str | Path:
     """A folder (Path) or a hub id (str)."""
     if str(model) == TINY_SD3 and not Path(TINY_SD3).exists():
         folder = Path(str(importlib.resources.files("crd"))) / "tiny" / "model"
@@ -110,7 +121,7 @@ def _load_pipeline(source: str | Path, dtype: torch.dtype) -> Any:
     absent: dict[str, None] = {}
     if isinstance(source, Path):
         index = _read_index(source)
-        _family(str(index["_class_name"]), str(source))
+        family(str(index["_class_name"]), str(source))
         # save_pretrained writes a missing component (SD3 without T5) as [null, null], but from_pretrained
         # wants to be told so again.
         absent = {name: None for name, value in index.items() if value == [None, None]}
@@ -130,18 +141,18 @@ def _read_index(folder: Path) -> dict[str, object]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise CRDError(f"{folder} is not a diffusers pipeline: it has no model_index.json; give the pipeline's folder")
-    content = _read_json(index)
+    content = read_json(index)
     if not isinstance(content.get("_class_name"), str):
         raise CRDError(f"{index} names no _class_name; give a folder written by save_pretrained")
     return content
 
 
-def _read_settings(folder: Path) -> dict[str, int]:
+def read_settings(folder: Path) -> dict[str, int]:
     """`crd.json` of a pipeline folder, {} without one; only `max_sequence_length` is known."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return {}
-    settings = _read_json(path)
+    settings = read_json(path)
     unknown = sorted(set(settings) - {"max_sequence_length"})
     if unknown:
         raise CRDError(f"{path} has the unknown key {unknown[0]!r}; known: 'max_sequence_length'")
@@ -151,7 +162,8 @@ def _read_settings(folder: Path) -> dict[str, int]:
     return {} if length is None else {"max_sequence_length": length}
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """The JSON object in a file of a model."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from crd.backbones.base import EMBEDDED, UNGUIDED
-from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
+from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
 
 
 class FluxBackbone(PipelineBackbone):
@@ -34,3 +34,12 @@ class FluxBackbone(PipelineBackbone):
         height, width = like.shape[2] * self.pixels, like.shape[3] * self.pixels
         unpacked: Tensor = self.pipeline._unpack_latents(packed, height, width, self.pixels)
         return unpacked
+
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        tokens, places = self.max_sequence_length or 0, latent[1] * latent[2] // 4
+        return {
+            "encoder_hidden_states": self._empty(rows, tokens, self.config.joint_attention_dim),
+            "pooled_projections": self._empty(rows, self.config.pooled_projection_dim),
+            "txt_ids": self._empty(tokens, 3).expand(rows, tokens, 3),
+            "img_ids": self._empty(places, 3).expand(rows, places, 3),
+        }

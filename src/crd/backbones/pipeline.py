@@ -23,6 +23,7 @@ JOINT_ATTENTION = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
+CLIP_TOKENS = 77  # of a prompt, in stock CLIP encoders
 _ENCODE_CHUNK = 32  # prompts per text-encoder call: bounds the memory of a text encoder of billions of parameters
 _ANY_SCALE = 2.0  # a stock call that is guided, for its unconditional rows
 
@@ -181,6 +182,17 @@ class PipelineBackbone(Backbone):
             chunk = prompts[start : start + _ENCODE_CHUNK]
             parts.append(self.rows(self._record(chunk, height, width).inputs, len(chunk)))
         return join_rows(parts)
+
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        """What `encode` gives for `rows` prompts of the greatest length, without content; to plan memory by.
+
+        Raises:
+            CRDError: the family does not say.
+        """
+        raise CRDError(f"crd plan does not know the conditioning of {self.name}; try a small update of the run instead")
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device)
 
     @torch.no_grad()
     def unconditional(self, height: int | None = None, width: int | None = None) -> dict[str, Tensor]:

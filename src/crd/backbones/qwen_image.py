@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
+from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
 from crd.errors import CRDError
 
 
@@ -42,9 +42,15 @@ class QwenImageBackbone(PipelineBackbone):
             mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
         return super().rows({**inputs, "encoder_hidden_states_mask": mask}, count)
 
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        tokens = self.max_sequence_length or 0
+        text = self._empty(rows, tokens, self.config.joint_attention_dim)
+        return {"encoder_hidden_states": text, "encoder_hidden_states_mask": self._empty(rows, tokens).long()}
+
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         text, mask = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
-        lengths = mask.sum(1)
+        # On the meta device, where a plan is made, nothing can be read: all texts are as long as they may be.
+        lengths = torch.full((len(mask),), mask.shape[1]) if mask.is_meta else mask.sum(1)
         longest = int(lengths.max())
         output = denoiser(
             hidden_states=self.pack(x_t.to(self.dtype)),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 
-from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
+from torch import Tensor
+
+from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
 from crd.errors import CRDError
 
 
@@ -49,3 +51,10 @@ class SD3Backbone(PipelineBackbone):
     @property
     def multiple(self) -> int:
         return self.pixels * int(self.config.patch_size)
+
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        tokens = clip_tokens + (self.max_sequence_length or 0)
+        return {
+            "encoder_hidden_states": self._empty(rows, tokens, self.config.joint_attention_dim),
+            "pooled_projections": self._empty(rows, self.config.pooled_projection_dim),
+        }

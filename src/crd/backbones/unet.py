@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crd.backbones.pipeline import ATTENTION, PipelineBackbone
+from crd.backbones.pipeline import ATTENTION, CLIP_TOKENS, PipelineBackbone
 from crd.backbones.vp import target_scale, velocity_from_prediction, vp_norm, vp_timestep
 from crd.errors import CRDError
 
@@ -59,6 +59,9 @@ class StableDiffusionBackbone(PipelineBackbone):
         )[0]  # fmt: skip
         return velocity_from_prediction(output.float(), x_t, t, self.prediction)
 
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self._empty(rows, clip_tokens, self.config.cross_attention_dim)}
+
     def named(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Conditioning as arguments of the U-Net."""
         return dict(inputs)
@@ -79,6 +82,12 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
 
     def rows(self, inputs: Mapping[str, Any], count: int) -> dict[str, Tensor]:
         return super().rows({**inputs, **inputs["added_cond_kwargs"]}, count)
+
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        numbers = 6  # original size, crop, target size
+        pooled = self.config.projection_class_embeddings_input_dim - numbers * self.config.addition_time_embed_dim
+        added = {"text_embeds": self._empty(rows, pooled), "time_ids": self._empty(rows, numbers)}
+        return {**super().blank(rows, latent, clip_tokens), **added}
 
     def named(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         added = {name: inputs[name] for name in ("text_embeds", "time_ids")}
