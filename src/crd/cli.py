@@ -1,4 +1,4 @@
-"""The command line: `crd train | sample | eval | compare | report | export | serve-reward`.
+"""The command line: `crd train | plan | sample | eval | compare | report | export | serve-reward`.
 
 Bad input: one line, exit status 2.
 """
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         args, rest = _parser().parse_known_args(argv)
-        if rest and args.command != "train":
+        if rest and args.command not in ("train", "plan"):
             raise CRDError(f"unknown argument {rest[0]!r} of crd {args.command}; see crd {args.command} --help")
         _quiet_libraries(debug)
         # Imported here: --help and a typing error need no torch, and a reward server no diffusion models.
@@ -35,10 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from crd import commands, evaluation_commands
 
         if args.command == "train":
-            source = rest.pop(0) if rest and not rest[0].startswith("--") else None
-            if source is not None and args.config is not None:
-                raise CRDError(f"the configuration is given twice, {source!r} and --config {args.config!r}; drop one")
-            commands.train(source or args.config, _overrides(rest), resume=args.resume)
+            source = _source(args, rest)
+            if args.dry_run:
+                if args.resume is not None:
+                    raise CRDError("--dry-run is for runs that have not begun, got --resume too; leave one out")
+                commands.dry_run(source, _overrides(rest))
+            else:
+                commands.train(source, _overrides(rest), resume=args.resume)
+        elif args.command == "plan":
+            commands.plan(_source(args, rest), _overrides(rest), args)
         elif args.command == "sample":
             commands.sample(args)
         elif args.command == "eval":
@@ -62,6 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             errors.print("crd: interrupted; `crd train --resume RUN` goes on from the last checkpoint")
         return 130
     return 0
+
+
+def _source(args: argparse.Namespace, rest: list[str]) -> str | None:
+    """The configuration that a command names, taken off `rest`.
+
+    Raises:
+        CRDError: it is given twice.
+    """
+    source = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    if source is not None and args.config is not None:
+        raise CRDError(f"the configuration is given twice, {source!r} and --config {args.config!r}; drop one")
+    return source or args.config
 
 
 def _has_the_word(error: CRDError) -> bool:
@@ -98,6 +115,14 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _bytes(text: str) -> int:
+    for unit, size in (("GiB", 2**30), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6)):
+        number = text.removesuffix(unit)
+        if number != text and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return int(float(number) * size)
+    raise argparse.ArgumentTypeError(f"must be a size such as 24GB or 24GiB, got {text!r}")
+
+
 def _device(text: str) -> str:
     kind, colon, number = text.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and not (kind == "cuda" and number.isdigit())):
@@ -127,6 +152,22 @@ def _parser() -> argparse.ArgumentParser:
     # Not a positional argument: argparse would take the value of the first --FIELD for it.
     train.add_argument("--config", help="YAML file or recipe name, e.g. ocr-demo; `crd train ocr-demo` is the same")
     train.add_argument("--resume", metavar="RUN", help="run folder, or one of its checkpoints, to go on from")
+
+    train.add_argument("--dry-run", action="store_true", help="check all that needs no weights, print the plan, stop")
+
+    plan = commands.add_parser(
+        "plan",
+        parents=[shared],
+        allow_abbrev=False,
+        help="memory and forwards of a run, from its settings alone",
+        usage="crd plan [CONFIG] [--gpus N] [--memory SIZE] [--sharding HOW] [--json] [--FIELD VALUE ...]",
+        epilog="CONFIG comes first. Any field of docs/configuration.md may follow.",
+    )
+    plan.add_argument("--config", help="YAML file or recipe name")
+    plan.add_argument("--gpus", type=_positive, default=1, help="processes, one GPU each (default 1)")
+    plan.add_argument("--memory", type=_bytes, help="of one GPU, e.g. 24GB: the largest micro-batches that fit")
+    plan.add_argument("--sharding", choices=("ddp", "zero2", "fsdp2"), default="ddp", help="as src/crd/launch has them")
+    plan.add_argument("--json", action="store_true", help="numbers instead of a table")
 
     sample = commands.add_parser(
         "sample", parents=[shared], allow_abbrev=False, help="before/after sheet for given prompts, same noise"

@@ -1,4 +1,4 @@
-"""What the commands that do not measure do: train, sample, report, export."""
+"""What the commands that do not measure do: train, plan, sample, report, export."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ from crd.evaluation import EVAL_SEED, draw, encode_unconditional
 from crd.export import export_lora, export_pipeline
 from crd.grid import GridRow, draw_grid
 from crd.loading import checkpoint_number, is_run, run_config
+from crd.planning.plan import plan_run
+from crd.planning.show import plan_json, plan_table
 from crd.report import write_report
 from crd.run_folder import CONFIG_FILE
+from crd.run_parts import load_judged
 from crd.snapshots import ANCHOR
 from crd.trainer import CRDTrainer
 
@@ -56,6 +59,27 @@ def train(source: str | None, overrides: Mapping[str, str], resume: str | None) 
         raise CRDError(f"{fixed[0]} cannot change in a resumed run; allowed: {', '.join(sorted(RESUMABLE))}")
     config = dataclasses.replace(config_from({**_plain(config), **changed}), output_dir=str(run))
     _train(config, checkpoint)
+
+
+def dry_run(source: str | None, overrides: Mapping[str, str]) -> None:
+    """`crd train --dry-run`: settings, prompts, rewards and the plan; no weights, no run folder."""
+    config = load_config(source, overrides)
+    judged = load_judged(config)
+    console.print(plan_table(plan_run(config)))
+    evaluated = 0 if judged.eval_data is None else len(judged.eval_data)
+    console.print(
+        f"{len(judged.train_data)} training and {evaluated} evaluation prompts fit the rewards "
+        f"({', '.join(judged.rewards.weights)}); weights were not looked for"
+    )
+
+
+def plan(source: str | None, overrides: Mapping[str, str], args: argparse.Namespace) -> None:
+    """`crd plan`: memory by part and forwards, as a table or JSON."""
+    found = plan_run(load_config(source, overrides), args.gpus, args.sharding, args.memory)
+    if args.json:
+        print(plan_json(found))
+    else:
+        console.print(plan_table(found))
 
 
 def _train(config: CRDConfig, resume: bool | int) -> None:

@@ -29,13 +29,19 @@ Rewards: TypeAlias = RewardArgument | Sequence[RewardArgument]
 
 
 @dataclass(frozen=True)
-class RunParts:
-    """The parts of a run, each fit for the others."""
+class Judged:
+    """Prompts, and what judges their images, each fit for the others."""
 
     rewards: RewardSet
     train_data: PromptDataset
     eval_data: PromptDataset | None
     held_out: HeldOutScores
+
+
+@dataclass(frozen=True)
+class RunParts(Judged):
+    """The parts of a run, each fit for the others."""
+
     backbone: Backbone
     snapshots: Snapshots
     sigmas: Tensor  # of the rollout
@@ -54,6 +60,28 @@ def load_parts(
     Raises:
         CRDError: anything the user can mend.
     """
+    judged = load_judged(config, reward_funcs, train_dataset, eval_dataset)
+    for scorers in (judged.rewards, judged.held_out):
+        scorers.use_device(str(device))
+    backbone = training_backbone(config.model if model is None else model, config, device)
+    prepare_backbone(backbone, config)
+    snapshots = build_snapshots(backbone, config, trained_roles(config))
+    if config.compile == "regional":
+        compile_blocks(backbone, snapshots)
+    return RunParts(**judged.__dict__, backbone=backbone, snapshots=snapshots, sigmas=_sigmas(backbone, config))
+
+
+def load_judged(
+    config: CRDConfig,
+    reward_funcs: Rewards | None = None,
+    train_dataset: Prompts | None = None,
+    eval_dataset: Prompts | None = None,
+) -> Judged:
+    """The part of `load_parts` that needs no model.
+
+    Raises:
+        CRDError: anything the user can mend.
+    """
     funcs = config.rewards if reward_funcs is None else reward_funcs
     rewards = RewardSet([funcs] if isinstance(funcs, str) or callable(funcs) else funcs, config.reward_weights)
     train_data = judged_prompts("prompts", config.prompts if train_dataset is None else train_dataset, rewards)
@@ -63,24 +91,30 @@ def load_parts(
         raise CRDError("eval_base_guidance needs evaluation prompts, got none; set eval_prompts, or leave it out")
     if config.alarm in ("stop", "raise_kl") and eval_data is None:
         raise CRDError(f"alarm={config.alarm} needs evaluation prompts, got none; set eval_prompts, or use warn")
-    held_out = HeldOutScores(config.held_out, eval_data)
-    for scorers in (rewards, held_out):
-        scorers.use_device(str(device))
-    backbone = training_backbone(config.model if model is None else model, config, device)
-    prepare_backbone(backbone, config)
-    snapshots = build_snapshots(backbone, config, (OLD, SAMPLER) if config.decouple_sampler else (OLD,))
-    if config.compile == "regional":
-        compile_blocks(backbone, snapshots)
-    return RunParts(rewards, train_data, eval_data, held_out, backbone, snapshots, _sigmas(backbone, config))
+    return Judged(rewards, train_data, eval_data, HeldOutScores(config.held_out, eval_data))
 
 
-def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
-    """The grid of rollouts; settings that only the model can judge are refused here, before a run folder exists."""
+def trained_roles(config: CRDConfig) -> tuple[str, ...]:
+    """The roles of a run beside the policy and the anchor."""
+    return (OLD, SAMPLER) if config.decouple_sampler else (OLD,)
+
+
+def check_settings(backbone: Backbone, config: CRDConfig) -> None:
+    """Refuse settings that only the model can judge.
+
+    Raises:
+        CRDError: a size, a guidance or a weighting that the model does not take.
+    """
     backbone.latent_shape(config.height, config.width)
     for scale in (config.rollout_guidance, config.anchor_guidance, *config.eval_base_guidance):
         backbone.check_scale(scale)
     if config.weighting == "likelihood" and not backbone.flow:
         raise CRDError("weighting=likelihood is for flow matching, got a DDPM model; use adaptive or unit")
+
+
+def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
+    """The grid of rollouts; what does not fit the model is refused here, before a run folder exists."""
+    check_settings(backbone, config)
     sigmas = backbone.grid(config.rollout_steps, config.height, config.width, config.solver).sigmas
     once = generator(config.seed)
     draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once)
