@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import ipaddress
 import socket
+from contextlib import suppress
 
 import torch
 
@@ -44,10 +45,10 @@ def serve_reward(args: argparse.Namespace) -> None:
             console.print(f"serving remote={address}#{name}", markup=False, highlight=False, soft_wrap=True)
         if token is None:
             console.print(f"no token: every program on this machine may ask; {TOKEN_ENV} sets one", style="yellow")
-        try:
+        # uvicorn ends by itself at Ctrl-C, and then raises it again, unless the shell has it ignored.
+        with suppress(KeyboardInterrupt):
             asyncio.run(RewardServer(service, token).answer(listening, device))
-        except KeyboardInterrupt:
-            console.print("stopped")
+        console.print("stopped")
 
 
 class RewardServer(uvicorn.Server):
