@@ -108,7 +108,7 @@ def make_world(mode: str) -> World:
     rewards = RewardOutput(torch.rand(images, generator=g, dtype=DOUBLE), {})
     advantages = group_advantages(rewards.total, group_id)
     rows = build_rows(rewards, advantages, rewards.total, group_id, torch.arange(images), DRAWS)
-    t = draw_times(Draws(DRAWS, "rollout_grid", 1.0, shared=True), backbone.sigmas(4), rows, 0).double()
+    t = draw_times(Draws(DRAWS, "rollout_grid", 1.0, shared=True), backbone.grid(4).sigmas, rows, 0).double()
     return World(backbone, snapshots, Rollout(x0, conditioning, [], batch), rows, t, Engine(device="cpu"))
 
 
@@ -178,7 +178,7 @@ def test_draws_of_one_group_share_t_and_no_noise(world: World) -> None:
     outputs = world.velocities(OBJECTIVES["published"], world.rows, world.t)(torch.arange(ROWS))
     noise = outputs.target + world.rollout.x0[world.rows.image_id]
     assert len({float(value) for value in noise[:, 0, 0, 0]}) == ROWS
-    alone = draw_times(Draws(DRAWS, "uniform", 1.0, shared=False), world.backbone.sigmas(4), world.rows, 0)
+    alone = draw_times(Draws(DRAWS, "uniform", 1.0, shared=False), world.backbone.grid(4).sigmas, world.rows, 0)
     assert len({float(t) for t in alone}) == ROWS
 
 

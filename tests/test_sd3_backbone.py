@@ -123,13 +123,13 @@ def test_sigmas_are_the_stock_grid(backbone: SD3Backbone, steps: int) -> None:
     stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
     stock.set_timesteps(steps)
     before = backbone.pipeline.scheduler.sigmas.clone()
-    grid = backbone.sigmas(steps)
+    grid = backbone.grid(steps).sigmas
     assert torch.equal(grid, stock.sigmas)
     assert len(grid) == steps + 1
     assert grid[-1] == 0
     assert torch.equal(backbone.pipeline.scheduler.sigmas, before)
     with pytest.raises(CRDError, match="at least 1, got 0"):
-        backbone.sigmas(0)
+        backbone.grid(0)
 
 
 def test_sigmas_shift_with_the_picture_size_where_the_config_asks() -> None:
@@ -137,8 +137,8 @@ def test_sigmas_shift_with_the_picture_size_where_the_config_asks() -> None:
     pipeline = tiny_pipeline(scheduler_options=options)
     backbone = SD3Backbone(pipeline, max_sequence_length=8)
     pipeline("a", num_inference_steps=4, height=2 * SIDE, width=SIDE, output_type="latent", max_sequence_length=8)
-    assert torch.equal(backbone.sigmas(4, 2 * SIDE, SIDE), pipeline.scheduler.sigmas)
-    assert backbone.sigmas(4, 2 * SIDE, SIDE)[1] > backbone.sigmas(4)[1]
+    assert torch.equal(backbone.grid(4, 2 * SIDE, SIDE).sigmas, pipeline.scheduler.sigmas)
+    assert backbone.grid(4, 2 * SIDE, SIDE).sigmas[1] > backbone.grid(4).sigmas[1]
 
 
 def test_latent_shape_and_sizes_it_refuses(backbone: SD3Backbone) -> None:

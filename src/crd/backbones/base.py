@@ -79,10 +79,6 @@ class Backbone(ABC):
     def decode(self, latents: Tensor, chunk: int = 16) -> list[Image.Image]:
         """Pictures of latents (N, C, H, W), decoded `chunk` at a time."""
 
-    def sigmas(self, num_steps: int, height: int | None = None, width: int | None = None) -> Tensor:
-        """Times (num_steps + 1,) of the Euler grid, float32 on CPU, descending, ending in 0."""
-        return self.grid(num_steps, height, width).sigmas
-
     def target_scale(self, t: Tensor) -> Tensor:
         """Error of what the network itself predicts over the error of the velocity, (N,); 1 for flow matching."""
         return torch.ones_like(t)

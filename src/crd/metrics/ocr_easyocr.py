@@ -28,8 +28,7 @@ import numpy as np
 from PIL import Image
 
 from crd.errors import CRDError
-from crd.rewards.ocr import ocr_score, quoted_text
-from crd.rewards.selftest import check_text_scorer
+from crd.rewards.ocr import QuotedTextScore
 
 DETECTOR, RECOGNISER = "detectionModel.onnx", "recognitionModel.onnx"
 LINE_HEIGHT = 64  # px, the height of the recogniser's input
@@ -49,7 +48,7 @@ RGB_STD = np.array((0.229, 0.224, 0.225), np.float32) * 255
 Box = tuple[int, int, int, int]
 
 
-class EasyOCRScore:
+class EasyOCRScore(QuotedTextScore):
     """Score in [0, 1]: `crd.rewards.ocr.ocr_score(text quoted in the prompt, text recognised in the image)`.
 
     No network, no language model, no confidence threshold on what is read (all strings count); words are joined in
@@ -68,7 +67,6 @@ class EasyOCRScore:
     EasyOCR (JaidedAI, Apache-2.0) trained or distributes them.
     """
 
-    score_range = (0.0, 1.0)
     judge_name = "easyocr"
 
     def __init__(
@@ -85,27 +83,9 @@ class EasyOCRScore:
         self._sessions: dict[str, Any] = {}
         self._sessions_pid = -1
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """Scores of B images against the text quoted in B prompts; see `ocr_score` and `quoted_text`."""
-        return self.score_targets(images, [quoted_text(prompt) for prompt in prompts])
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise `CRDError` for the first prompt without quoted text."""
-        for prompt in prompts:
-            quoted_text(prompt)
-
-    def score_targets(self, images: Sequence[Image.Image], targets: Sequence[str]) -> list[float]:
-        """`ocr_score` of B images against B target texts."""
-        recognised = self.recognise(images)
-        return [ocr_score(target, text) for target, text in zip(targets, recognised, strict=True)]
-
     def recognise(self, images: Sequence[Image.Image]) -> list[str]:
         """All text found in each of B images, words joined without separator; "" if there is none."""
         return [self._read_image(image.convert("RGB")) for image in images]
-
-    def self_test(self) -> list[float]:
-        """Refuse to start with a broken or constant scorer; see `crd.rewards.selftest.check_text_scorer`."""
-        return check_text_scorer(self.score_targets)
 
     def __getstate__(self) -> dict[str, Any]:
         # An onnxruntime session cannot be pickled; a spawned process loads its own.

@@ -20,7 +20,6 @@ from crd.planning.skeleton import Skeleton, build_skeleton, size_of
 from crd.planning.workload import Forwards, Geometry, forwards, geometry, references
 from crd.run_parts import check_settings, trained_roles
 
-SHARDINGS = ("ddp", "zero2", "fsdp2")
 MARGIN = 0.1  # of the memory, left to the CUDA context, fragments of the allocator and workspaces of kernels
 _FLOAT = 4  # bytes
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,7 +98,35 @@ def _levenshtein(a: str, b: str) -> int:
     return above[-1]
 
 
-class OCRReward:
+class QuotedTextScore(ABC):
+    """Score in [0, 1]: `ocr_score(text quoted in the prompt, text recognised in the image)`, whoever recognises it."""
+
+    score_range = (0.0, 1.0)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """Scores of B images against the text quoted in B prompts; see `ocr_score` and `quoted_text`."""
+        return self.score_targets(images, [quoted_text(prompt) for prompt in prompts])
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise `CRDError` for the first prompt without quoted text."""
+        for prompt in prompts:
+            quoted_text(prompt)
+
+    def score_targets(self, images: Sequence[Image.Image], targets: Sequence[str]) -> list[float]:
+        """`ocr_score` of B images against B target texts."""
+        recognised = self.recognise(images)
+        return [ocr_score(target, text) for target, text in zip(targets, recognised, strict=True)]
+
+    @abstractmethod
+    def recognise(self, images: Sequence[Image.Image]) -> list[str]:
+        """All text found in each of B images, strings joined without separator; "" if there is none."""
+
+    def self_test(self) -> list[float]:
+        """Refuse to start with a broken or constant scorer; see `crd.rewards.selftest.check_text_scorer`."""
+        return check_text_scorer(self.score_targets)
+
+
+class OCRReward(QuotedTextScore):
     """Reward in [0, 1]: `ocr_score(text quoted in the prompt, text recognised in the image)`.
 
     Small images are read whole, as one line, by the recogniser alone, stretched `stretch` times in
@@ -116,8 +145,6 @@ class OCRReward:
     Raises:
         CRDError: rapidocr or its models missing, or an option out of range.
     """
-
-    score_range = (0.0, 1.0)
 
     def __init__(
         self,
@@ -147,21 +174,6 @@ class OCRReward:
         self._engine: RapidOCR | None = None
         self._engine_pid = -1
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """Scores of B images against the text quoted in B prompts; see `ocr_score` and `quoted_text`."""
-        targets = [quoted_text(prompt) for prompt in prompts]
-        return self.score_targets(images, targets)
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise `CRDError` for the first prompt without quoted text."""
-        for prompt in prompts:
-            quoted_text(prompt)
-
-    def score_targets(self, images: Sequence[Image.Image], targets: Sequence[str]) -> list[float]:
-        """`ocr_score` of B images against B target texts."""
-        recognised = self.recognise(images)
-        return [ocr_score(target, text) for target, text in zip(targets, recognised, strict=True)]
-
     def recognise(self, images: Sequence[Image.Image]) -> list[str]:
         """All text found in each of B images, strings joined without separator; "" if there is none."""
         texts = [""] * len(images)
@@ -179,10 +191,6 @@ class OCRReward:
                 for (index, _), text in zip(part, self._read_lines([line for _, line in part]), strict=True):
                     texts[index] = text
         return texts
-
-    def self_test(self) -> list[float]:
-        """Refuse to start with a broken or constant scorer; see `crd.rewards.selftest.check_text_scorer`."""
-        return check_text_scorer(self.score_targets)
 
     def __getstate__(self) -> dict[str, Any]:
         # An onnxruntime session cannot be pickled; a spawned process loads its own.

@@ -6,7 +6,6 @@ differ in network, seed and training pictures, so that what fools the one need n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crd.errors import CRDError
@@ -23,11 +20,11 @@ from crd.geneval.detections import Detections
 from crd.geneval.detectors.base import SCORE_FLOOR, check_batch_size
 from crd.geneval.detectors.config import JudgeConfig
 from crd.geneval.metadata import COLORS, Metadata
-from crd.text_files import read_text
 from crd.tiny.detector_networks import CELLS, PARTS, STRIDE, build_network
 from crd.tiny.render import SIZE
 from crd.tiny.scene_prompts import SCENE_CLASSES, scene_prompts
 from crd.tiny.scenes import render_scene, scene_for
+from crd.tiny.trained_files import load_trained, save_trained
 
 FOLDER = Path(__file__).parent / "detectors"
 SAME = 0.5  # of two boxes that overlap more (IoU), the surer stays: one place is one object, whatever its class
@@ -108,11 +105,7 @@ def decode(predictions: Tensor) -> list[Detections]:
 
 def save_detector(network: nn.Module, architecture: str, folder: Path) -> None:
     """Write `<architecture>.safetensors` in float16 and `<architecture>.json`, which says what its numbers mean."""
-    folder.mkdir(parents=True, exist_ok=True)
-    half = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in network.state_dict().items()}
-    save_file(half, folder / f"{architecture}.safetensors")
-    about = {"architecture": architecture, "classes": SCENE_CLASSES, "colors": COLORS}
-    (folder / f"{architecture}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    save_trained(network, folder / architecture, _meaning(architecture), indent=1)
 
 
 def load_detector(which: str, folder: Path = FOLDER) -> nn.Module:
@@ -122,34 +115,13 @@ def load_detector(which: str, folder: Path = FOLDER) -> nn.Module:
         CRDError: no such detector, a damaged file, or one that was trained for other classes or colors.
     """
     network = build_network(which)
-    about = _read_about(folder / f"{which}.json")
-    for key, expected in (("architecture", which), ("classes", list(SCENE_CLASSES)), ("colors", list(COLORS))):
-        if about.get(key) != expected:
-            raise CRDError(
-                f"detector {folder / which}.json: {key} must be {expected!r:.60}, got {about.get(key)!r:.60}; "
-                f"train it again: python -m crd.tiny.train_detector --architecture {which}"
-            )
-    path = folder / f"{which}.safetensors"
-    if not path.is_file():
-        raise CRDError(f"no detector weights at {path}; reinstall crd, or train it: "
-                       f"python -m crd.tiny.train_detector --architecture {which}")  # fmt: skip
-    try:
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise CRDError(f"detector weights {path} do not fit the {which} network ({str(error).splitlines()[0]:.80}); "
-                       "reinstall crd, or train it again") from error  # fmt: skip
-    return network.eval().requires_grad_(False)
+    again = f"reinstall crd, or train it: python -m crd.tiny.train_detector --architecture {which}"
+    load_trained(network, folder / which, _meaning(which), kind="detector", name=f"{which} network", again=again)
+    return network
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    text = read_text(path, "detector description", f"no detector description at {path}; reinstall crd")
-    try:
-        about = json.loads(text)
-    except ValueError as error:
-        raise CRDError(f"{path} is not JSON ({error}); reinstall crd, or train the detector again") from error
-    if not isinstance(about, dict):
-        raise CRDError(f"{path} must hold an object, got {text[:60]!r}; reinstall crd, or train the detector again")
-    return about
+def _meaning(architecture: str) -> dict[str, Any]:
+    return {"architecture": architecture, "classes": list(SCENE_CLASSES), "colors": list(COLORS)}
 
 
 class SceneDetector:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from crd.errors import CRDError
 from crd.geneval.metadata import COLORS
 from crd.tiny.render import SIZE
+from crd.tiny.residual import Residual
 from crd.tiny.scene_prompts import SCENE_CLASSES
 
 STRIDE = 4  # px of a cell
@@ -20,20 +21,6 @@ PARTS = (len(SCENE_CLASSES), 4, len(COLORS))  # channels of class logits, box, c
 CHANNELS = sum(PARTS)
 # Untrained, a class has the probability 0.01 anywhere: pictures are mostly ground.
 _RARE = -4.6
-
-
-class _Residual(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.second(F.relu(self.first(F.relu(self.norm(x)))))
-        return out
 
 
 class ConvDetector(nn.Module):
@@ -46,12 +33,14 @@ class ConvDetector(nn.Module):
             nn.Conv2d(3, at_2, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.Conv2d(at_2, at_4, 3, stride=2, padding=1),
-            _Residual(at_4),
+            Residual(at_4, F.relu),
         )
-        self.down_8 = nn.Sequential(nn.Conv2d(at_4, at_8, 3, stride=2, padding=1), _Residual(at_8), _Residual(at_8))
-        self.down_16 = nn.Sequential(nn.Conv2d(at_8, at_16, 3, stride=2, padding=1), _Residual(at_16))
-        self.up_8, self.join_8 = nn.Conv2d(at_16, at_8, 1), _Residual(at_8)
-        self.up_4, self.join_4 = nn.Conv2d(at_8, at_4, 1), _Residual(at_4)
+        self.down_8 = nn.Sequential(
+            nn.Conv2d(at_4, at_8, 3, stride=2, padding=1), Residual(at_8, F.relu), Residual(at_8, F.relu)
+        )
+        self.down_16 = nn.Sequential(nn.Conv2d(at_8, at_16, 3, stride=2, padding=1), Residual(at_16, F.relu))
+        self.up_8, self.join_8 = nn.Conv2d(at_16, at_8, 1), Residual(at_8, F.relu)
+        self.up_4, self.join_4 = nn.Conv2d(at_8, at_4, 1), Residual(at_4, F.relu)
         self.norm = nn.GroupNorm(8, at_4)
         self.head = nn.Conv2d(at_4, CHANNELS, 1)
         _start_rare(self.head, 1)

@@ -6,26 +6,23 @@ a quoted word are one token each, with their place in the word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crd.errors import CRDError
 from crd.geneval.metadata import COLORS, RELATIONS
 from crd.geneval.prompts import COUNT_WORDS, noun_phrase
-from crd.text_files import read_text
 from crd.tiny.detector import pixels
 from crd.tiny.render import SIZE
+from crd.tiny.residual import Residual
 from crd.tiny.scene_prompts import SCENE_CLASSES
 from crd.tiny.subjects import WORD_LENGTHS, WordSubject, caption_of, read_caption
+from crd.tiny.trained_files import load_trained, save_trained
 from crd.tiny.vocabulary import JOINTS, LETTERS, THEMES
 
 FOLDER = Path(__file__).parent / "judges"
@@ -48,6 +45,7 @@ def _words() -> tuple[str, ...]:
 
 
 VOCABULARY = ("", *LETTERS, *_words())  # number 0 pads
+_MEANING = {"embedding": EMBEDDING, "vocabulary": list(VOCABULARY)}
 _NUMBER = {token: number for number, token in enumerate(VOCABULARY)}
 
 
@@ -75,20 +73,6 @@ def tokens(captions: Sequence[str]) -> Tensor:
     return table
 
 
-class _Residual(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.second(F.gelu(self.first(F.gelu(self.norm(x)))))
-        return out
-
-
 class ImageTower(nn.Module):
     """Convolutions down to 8 x 16 cells, all cells side by side through one layer, and another.
 
@@ -102,9 +86,9 @@ class ImageTower(nn.Module):
             nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
             nn.GELU(),
             nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
-            _Residual(width // 2),
+            Residual(width // 2, F.gelu),
             nn.Conv2d(width // 2, width, 3, stride=(2, 1), padding=1),
-            _Residual(width),
+            Residual(width, F.gelu),
             nn.GroupNorm(8, width),
         )
         self.code = nn.Conv2d(width, of_a_cell, 1)
@@ -211,11 +195,7 @@ def picture_pixels(images: Sequence[Image.Image]) -> Tensor:
 
 def save_image_text(model: ImageTextModel, folder: Path) -> None:
     """Write `image_text.safetensors` in float16 and `image_text.json`, which says what its tokens mean."""
-    folder.mkdir(parents=True, exist_ok=True)
-    half = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
-    save_file(half, folder / f"{NAME}.safetensors")
-    about = {"embedding": EMBEDDING, "vocabulary": VOCABULARY}
-    (folder / f"{NAME}.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    save_trained(model, folder / NAME, _MEANING)
 
 
 def load_image_text(folder: Path = FOLDER) -> ImageTextModel:
@@ -224,29 +204,7 @@ def load_image_text(folder: Path = FOLDER) -> ImageTextModel:
     Raises:
         CRDError: no such model, a damaged file, or one that was trained for other captions.
     """
-    again = "reinstall crd, or train it: python -m crd.tiny.train_image_text"
-    about = _read_about(folder / f"{NAME}.json", again)
-    for key, expected in (("embedding", EMBEDDING), ("vocabulary", list(VOCABULARY))):
-        if about.get(key) != expected:
-            raise CRDError(f"{folder / NAME}.json: {key} must be {expected!r:.60}, got {about.get(key)!r:.60}; {again}")
-    path = folder / f"{NAME}.safetensors"
-    if not path.is_file():
-        raise CRDError(f"no image-text weights at {path}; {again}")
     model = build_image_text()
-    try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        told = str(error).splitlines()[0]
-        raise CRDError(f"image-text weights {path} do not fit the model ({told:.80}); {again}") from error
-    return model.eval().requires_grad_(False)
-
-
-def _read_about(path: Path, again: str) -> dict[str, Any]:
-    text = read_text(path, "image-text description", f"no image-text description at {path}; {again}")
-    try:
-        about = json.loads(text)
-    except ValueError as error:
-        raise CRDError(f"{path} is not JSON ({error}); {again}") from error
-    if not isinstance(about, dict):
-        raise CRDError(f"{path} must hold an object, got {text[:60]!r}; {again}")
-    return about
+    again = "reinstall crd, or train it: python -m crd.tiny.train_image_text"
+    load_trained(model, folder / NAME, _MEANING, kind="image-text", name="model", again=again)
+    return model
