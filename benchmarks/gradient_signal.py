@@ -21,8 +21,7 @@ from torch import Tensor
 
 from crd.advantages import group_advantages, kl_gate
 from crd.config import CRDConfig
-from crd.objectives.base import Rows
-from crd.objectives.crd import CRD
+from crd.objectives.base import Objective, Rows
 from crd.optimizer_batch import RowVelocities, build_rows
 from crd.trainer import CRDTrainer
 
@@ -36,14 +35,14 @@ def gradients(trainer: CRDTrainer, number: int, times: list[float]) -> Iterator[
     gate = kl_gate("reward", rewards.total, advantages.advantage, trainer.args.kl_reward_range)
     rows = build_rows(rewards, advantages, gate, batch.group_id, torch.arange(len(batch)), 1)
     settings = trainer.args.objective_config()
-    without_kl = CRD(dataclasses.replace(settings, kl_max=0.0))
+    whole, without_kl = settings.build(), dataclasses.replace(settings, kl_max=0.0).build()
     for t in times:
         velocities = trainer.velocities(rollout, rows, torch.full((len(batch),), t), trainer.args.seed, number, str(t))
         policy = _gradient(trainer, without_kl, velocities, rows)
-        yield {"policy": policy, "kl": _gradient(trainer, CRD(settings), velocities, rows) - policy}
+        yield {"policy": policy, "kl": _gradient(trainer, whole, velocities, rows) - policy}
 
 
-def _gradient(trainer: CRDTrainer, objective: CRD, velocities: RowVelocities, rows: Rows) -> Tensor:
+def _gradient(trainer: CRDTrainer, objective: Objective, velocities: RowVelocities, rows: Rows) -> Tensor:
     parameters = list(trainer.snapshots.parameters())
     for parameter in parameters:
         parameter.grad = None

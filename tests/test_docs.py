@@ -180,8 +180,8 @@ def test_the_rewards_of_the_page_score_as_it_says() -> None:
 
 
 def test_the_objective_of_the_page_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    objective = run_blocks(DOCS / "extending.md")["RewardWeighted"]
-    monkeypatch.setitem(OBJECTIVES, "weighted", objective)
+    settings = run_blocks(DOCS / "extending.md")["RewardWeightedConfig"]
+    monkeypatch.setitem(OBJECTIVES, "weighted", settings)
     config = CRDConfig(
         objective="weighted", output_dir=str(tmp_path), prompts_per_update=2, group_size=3, draws=2, rollout_steps=2
     )

@@ -13,8 +13,8 @@ from crd.advantages import KL_GATES, NORMALIZATIONS
 from crd.alarm import ACTIONS
 from crd.errors import CRDError
 from crd.flow import SOLVERS, TIMESTEP_MODES
-from crd.objectives import objective_class
-from crd.objectives.crd import CRDObjectiveConfig
+from crd.objectives import objective_config
+from crd.objectives.kl import ObjectiveConfig
 from crd.schedules import LearningRate, RampDecay
 
 MIXED_PRECISION = ("auto", "no", "bf16")
@@ -150,7 +150,6 @@ class CRDConfig:
         _check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
         if self.base_dtype == "bfloat16" and self.finetune == "full":
             raise CRDError("base_dtype=bfloat16 would round away small updates of finetune=full; use float32, or lora")
-        objective_class(self.objective)
         positive = ("updates", "prompts_per_update", "group_size", "optimizer_steps", "rollout_steps", "draws",
                     "lora_rank", "lora_alpha", "learning_rate", "max_grad_norm", "advantage_clip", "micro_batch",
                     "rollout_batch", "peer_timeout", "eval_steps", "eval_images", "keep_checkpoints")  # fmt: skip
@@ -194,19 +193,10 @@ class CRDConfig:
         value: float = self.__dict__[name]
         return value
 
-    def objective_config(self) -> CRDObjectiveConfig:
-        """The CRD loss's own settings."""
-        return CRDObjectiveConfig(
-            beta=self.beta,
-            centering=self.centering,
-            tau=self.tau,
-            form=self.form,
-            residual=self.residual,
-            weighting=self.weighting,
-            loss_scale=self.loss_scale,
-            kl_min=self.kl_min,
-            kl_max=self.kl_max,
-        )
+    def objective_config(self) -> ObjectiveConfig:
+        """The chosen objective's own settings."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return objective_config(self.objective, self.__dict__, defaults)
 
     def rate_schedule(self) -> LearningRate:
         """Learning rate over optimizer steps and updates."""

@@ -74,6 +74,41 @@ def x0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t - _per_row(t, x_t) * v
 
 
+def velocity_error(v: Tensor, target: Tensor) -> Tensor:
+    """Difference of velocities, all dims in one axis.
+
+    In float64: squares of nearly equal half-precision numbers must not cancel.
+
+    Args:
+        v: (N, ...) velocities.
+        target: same shape as `v`.
+
+    Returns:
+        v - target, (N, D) float64.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    _check_pair("target", target, v)
+    return (v.double() - target.double()).flatten(1)
+
+
+def error_scale(error: Tensor) -> Tensor:
+    """Size of an error, by which "adaptive" weighting divides its square.
+
+        s = stop_grad(max(mean_dims |error|, 1e-5))
+
+    Args:
+        error: (N, D).
+
+    Returns:
+        (N,) without gradient.
+
+    Source: arXiv 2509.16117, adaptive loss weighting; the bound is that of its public implementation.
+    """
+    return error.detach().abs().mean(1).clamp_min(1e-5)
+
+
 def draw_timesteps(
     mode: str, sigmas: Tensor, *, units: int, draws: int, fraction: float, generator: torch.Generator
 ) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from crd.evaluation import EvalResult, Evaluator, SamplingSettings, draw, encode
 from crd.execution import cache_prompts
 from crd.export import export_lora, export_pipeline
 from crd.loading import build_optimizer, checkpoint_number
-from crd.objectives import objective_class
 from crd.objectives.base import Rows
 from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
 from crd.records import RewardOutput, Rollout
@@ -80,7 +78,7 @@ class CRDTrainer:
         self.backbone, self.snapshots, self.sigmas = parts.backbone, parts.snapshots, parts.sigmas
         self.snapshots.adopt(self.engine.prepare(self.snapshots.module), sharded=self.engine.sharded)
         self.optimizer = self.engine.prepare_optimizer(build_optimizer(self.snapshots, config))
-        self.objective = objective_class(config.objective)(config.objective_config())
+        self.objective = config.objective_config().build()
         self.trained_guidance = self.backbone.trained_scale(config.rollout_guidance)
         self.uncond = encode_unconditional(self.backbone, self.engine, config.height, config.width)
         self.watch = self._build_watch()
@@ -335,9 +333,7 @@ class CRDTrainer:
         return True
 
     def _set_kl(self, scale: float) -> None:
-        settings = self.args.objective_config()
-        scaled = dataclasses.replace(settings, kl_min=scale * settings.kl_min, kl_max=scale * settings.kl_max)
-        self.objective = objective_class(self.args.objective)(scaled)
+        self.objective = self.args.objective_config().with_kl_times(scale).build()
 
     def _log_evaluation(self) -> Verdict | None:
         """Evaluation of the policy, logged and judged; None without evaluation prompts."""

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import fields
 
 from crd.errors import CRDError
-from crd.objectives.base import Objective
-from crd.objectives.crd import CRD, CRDObjectiveConfig
+from crd.objectives.crd import CRDObjectiveConfig
+from crd.objectives.kl import ObjectiveConfig
 
-OBJECTIVES: dict[str, Callable[[CRDObjectiveConfig], Objective]] = {"crd": CRD}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "crd": CRDObjectiveConfig,
+}
 
 
-def objective_class(name: str) -> Callable[[CRDObjectiveConfig], Objective]:
-    """What is registered as `name`: a class, called with its settings.
+def objective_config(name: str, values: Mapping[str, object], defaults: Mapping[str, object]) -> ObjectiveConfig:
+    """The settings of the objective `name`, taken by name from those of a run.
+
+    Args:
+        name: in `OBJECTIVES`.
+        values: field of the run -> value.
+        defaults: field of the run -> default.
 
     Raises:
-        CRDError: no objective has this name.
+        CRDError: no objective has this name, a value is refused, or a field that only other objectives read
+            is not at its default.
     """
     if name not in OBJECTIVES:
-        raise CRDError(f"unknown objective {name!r}; choose one of: {', '.join(sorted(OBJECTIVES))}")
-    return OBJECTIVES[name]
+        raise CRDError(f"unknown objective {name!r}; choose one of: {', '.join(OBJECTIVES)}")
+    own = _field_names(OBJECTIVES[name])
+    for field in sorted({field for config in OBJECTIVES.values() for field in _field_names(config)} - own):
+        if values[field] != defaults[field]:
+            raise CRDError(f"{field}={values[field]} is not read by objective {name}; leave it out")
+    return OBJECTIVES[name](**{field: values[field] for field in own})  # type: ignore[arg-type]
+
+
+def _field_names(config: type[ObjectiveConfig]) -> set[str]:
+    return {field.name for field in fields(config)}

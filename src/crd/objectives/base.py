@@ -35,6 +35,16 @@ class DenoiserOutputs:
         if self.policy.ndim < 2 or self.t.shape != shape[:1]:
             raise ValueError(f"policy must be (N, ...) and t (N,), got {tuple(shape)} and {tuple(self.t.shape)}")
 
+    def of_old(self) -> Tensor:
+        """Velocity of `old`, for an objective that needs it.
+
+        Raises:
+            CRDError: it was not computed.
+        """
+        if self.old is None:
+            raise CRDError("the objective needs the velocity of `old`, got None; keep an old snapshot")
+        return self.old
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -66,6 +76,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.group_id)
+
+    def beside(self, values: Tensor) -> Rows:
+        """The same rows on the device of their `values` (N,).
+
+        Raises:
+            ValueError: there are more or fewer values than rows.
+        """
+        if values.shape != self.group_id.shape:
+            raise ValueError(f"terms must be (N,)=({len(self)},) as rows, got {tuple(values.shape)}")
+        return self.to(values.device)
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on `device`."""

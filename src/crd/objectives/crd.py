@@ -20,7 +20,6 @@ Source: arXiv 2603.14128; choices where the paper is silent are marked "our read
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +28,17 @@ from torch import Tensor
 
 from crd.centering import center, tempered_weights
 from crd.errors import CRDError
+from crd.flow import error_scale, velocity_error
 from crd.objectives.base import DenoiserOutputs, RowLayout, Rows
+from crd.objectives.kl import (
+    ObjectiveConfig,
+    check_finite,
+    check_option,
+    check_positive,
+    kl_needs,
+    kl_terms,
+    with_kl,
+)
 from crd.records import LossOutput
 
 OPTIONS = {
@@ -41,7 +50,7 @@ OPTIONS = {
 
 
 @dataclass(frozen=True)
-class CRDObjectiveConfig:
+class CRDObjectiveConfig(ObjectiveConfig):
     """Settings of the CRD loss; the defaults are the published ones."""
 
     beta: float = 1.0  # strength of the KL regulariser against `old`
@@ -51,31 +60,22 @@ class CRDObjectiveConfig:
     residual: str = "per_draw"
     weighting: str = "adaptive"
     loss_scale: float = 5.0  # the policy term is multiplied by loss_scale / beta
-    kl_min: float = 1e-4
-    kl_max: float = 0.1  # 0 switches the KL term off; kl_min is then not read
 
     def __post_init__(self) -> None:
-        chosen = {
-            "centering": self.centering,
-            "form": self.form,
-            "residual": self.residual,
-            "weighting": self.weighting,
-        }
-        for name, value in chosen.items():
-            if value not in OPTIONS[name]:
-                raise CRDError(f"{name} must be one of {', '.join(OPTIONS[name])}, got {value!r}; choose one of them")
+        super().__post_init__()
+        check_option("centering", self.centering, OPTIONS["centering"])
+        check_option("form", self.form, OPTIONS["form"])
+        check_option("residual", self.residual, OPTIONS["residual"])
+        check_option("weighting", self.weighting, OPTIONS["weighting"])
         for name, number in (("beta", self.beta), ("tau", self.tau), ("loss_scale", self.loss_scale)):
-            if not number > 0:
-                raise CRDError(f"{name} must be above 0, got {number}; raise it")
+            check_positive(name, number)
         # tau may be infinite: that is uniform centering.
-        for name, number in (("beta", self.beta), ("loss_scale", self.loss_scale), ("kl_max", self.kl_max)):
-            if not math.isfinite(number):
-                raise CRDError(f"{name} must be finite, got {number}; lower it")
-        if self.kl_max != 0 and not 0 <= self.kl_min <= self.kl_max:
-            raise CRDError(
-                f"KL strengths need 0 <= kl_min <= kl_max, got kl_min={self.kl_min}, kl_max={self.kl_max}; "
-                "use kl_max=0 to switch the KL term off"
-            )
+        check_finite("beta", self.beta)
+        check_finite("loss_scale", self.loss_scale)
+
+    def build(self) -> CRD:
+        """The CRD objective."""
+        return CRD(self)
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,10 @@ def implicit_reward(v_policy: Tensor, v_old: Tensor, v_target: Tensor, t: Tensor
     Source: arXiv 2603.14128, the implicit reward; Kingma et al., "Variational Diffusion Models",
     arXiv 2107.00630, section on the continuous-time loss, for the ELBO.
     """
-    error_policy, error_old = _error(v_policy, v_target), _error(v_old, v_target)
+    error_policy, error_old = velocity_error(v_policy, v_target), velocity_error(v_old, v_target)
     if weighting == "adaptive":
-        return error_old.square().mean(1) / _scale(error_old) - error_policy.square().mean(1) / _scale(error_policy)
+        scaled_policy = error_policy.square().mean(1) / error_scale(error_policy)
+        return error_old.square().mean(1) / error_scale(error_old) - scaled_policy
     if weighting == "unit":
         return error_old.square().mean(1) - error_policy.square().mean(1)
     if weighting != "likelihood":
@@ -140,7 +141,7 @@ class CRD:
     @property
     def needs(self) -> frozenset[str]:
         """Roles whose velocities `terms` reads."""
-        return frozenset({"old", "anchor"} if self.config.kl_max > 0 else {"old"})
+        return frozenset({"old"}) | kl_needs(self.config)
 
     def terms(self, outputs: DenoiserOutputs) -> dict[str, Tensor]:
         """Implicit reward R and, with an anchor, KL_i = mean_dims (v_θ - v_anchor)², each (N,) float64.
@@ -148,14 +149,8 @@ class CRD:
         Raises:
             CRDError: `old` is missing, or `anchor` is while kl_max > 0.
         """
-        if outputs.old is None:
-            raise CRDError("crd needs the velocity of `old`, got None; keep an old snapshot")
-        if outputs.anchor is None and self.config.kl_max > 0:
-            raise CRDError(f"kl_max={self.config.kl_max} needs an anchor velocity, got None; pass it or set kl_max=0")
-        reward = implicit_reward(outputs.policy, outputs.old, outputs.target, outputs.t, self.config.weighting)
-        if outputs.anchor is None:
-            return {"implicit_reward": reward}
-        return {"implicit_reward": reward, "kl": _error(outputs.policy, outputs.anchor).square().mean(1)}
+        reward = implicit_reward(outputs.policy, outputs.of_old(), outputs.target, outputs.t, self.config.weighting)
+        return {"implicit_reward": reward, **kl_terms(outputs, self.config)}
 
     def loss(self, terms: dict[str, Tensor], rows: Rows) -> LossOutput:
         """Policy term plus reward-adaptive KL to the anchor.
@@ -192,9 +187,7 @@ class CRD:
         """
         cfg = self.config
         reward = terms["implicit_reward"]
-        if reward.shape != rows.group_id.shape:
-            raise ValueError(f"terms must be (N,)=({len(rows)},) as rows, got {tuple(reward.shape)}")
-        rows = rows.to(reward.device)
+        rows = rows.beside(reward)
         layout = RowLayout.of(rows)
         weights = (
             tempered_weights(rows.reward.double(), layout.centering_set, cfg.tau)
@@ -207,22 +200,11 @@ class CRD:
         if cfg.residual == "leave_one_out":
             x_other = cfg.beta * center(layout.mean_of_other_draws(reward.double()), layout.centering_set, weights)
         policy = (_policy_rows(x, x_other, a, cfg.form) * rows.has_signal).mean()
-        loss = cfg.loss_scale / cfg.beta * policy
         metrics = _policy_metrics(policy, reward, x, a, rows.has_signal)
         if x_other is not None:
             unbiased = _policy_rows(x, x_other, a, "squared") * rows.has_signal
             metrics["squared_loss_unbiased"] = unbiased.mean().item()
-        if cfg.kl_max > 0:
-            if "kl" not in terms:
-                raise CRDError(f"kl_max={cfg.kl_max} needs the term `kl`, got none; pass an anchor or set kl_max=0")
-            strength = cfg.kl_min + (cfg.kl_max - cfg.kl_min) * rows.kl_gate.double()
-            kl_loss = (strength * terms["kl"].double()).mean()
-            loss = loss + kl_loss
-            metrics |= {"loss_kl": kl_loss.item(), "kl_strength_mean": strength.mean().item()}
-        if "kl" in terms:
-            metrics["kl"] = terms["kl"].mean().item()
-        metrics["loss"] = loss.item()
-        return LossOutput(loss, metrics)
+        return with_kl(cfg.loss_scale / cfg.beta * policy, metrics, terms, rows, cfg)
 
 
 def crd_loss(inputs: CRDInputs, config: CRDObjectiveConfig) -> LossOutput:
@@ -267,12 +249,3 @@ def _policy_metrics(policy: Tensor, reward: Tensor, x: Tensor, a: Tensor, has_si
         "reward_correlation": ((x * a).sum() / norm).item() if norm > 0 else 0.0,
         "signal_fraction": has_signal.double().mean().item(),
     }
-
-
-def _error(v: Tensor, target: Tensor) -> Tensor:
-    """v - target in float64, (N, D): squares of nearly equal half-precision numbers must not cancel."""
-    return (v.double() - target.double()).flatten(1)
-
-
-def _scale(error: Tensor) -> Tensor:
-    return error.detach().abs().mean(1).clamp_min(1e-5)

@@ -8,7 +8,6 @@ import torch
 
 from crd.backbones.base import CFG, Backbone
 from crd.config import CRDConfig
-from crd.objectives import objective_class
 from crd.role_stores import ANCHOR, OLD
 
 
@@ -50,7 +49,7 @@ def geometry(config: CRDConfig, gpus: int) -> Geometry:
 
 def references(config: CRDConfig) -> frozenset[str]:
     """The roles whose velocities the objective reads, `old` and anchor among them."""
-    return objective_class(config.objective)(config.objective_config()).needs
+    return config.objective_config().build().needs
 
 
 def rows_per_image(backbone: Backbone, scale: float) -> int:
