@@ -65,7 +65,7 @@ class CRDConfig:
     timestep_fraction: float = 0.99
     share_timesteps: bool = True  # one t per group and draw, independent noise
 
-    # Objective.
+    # Objective. Each reads its own of these; setting one that it does not read is an error.
     objective: str = "crd"
     beta: float = 1.0
     centering: str = "uniform"
@@ -74,6 +74,9 @@ class CRDConfig:
     residual: str = "per_draw"
     weighting: str = "adaptive"
     loss_scale: float = 5.0
+    matching_loss: str = "squared"
+    clip_range: float = 1e-4
+    best_of: int = 1
     advantage_clip: float = 5.0
 
     # Drift control 1: separate snapshots, `decay(n) = min(start + (n - start_step) slope, end)`.
@@ -181,6 +184,8 @@ class CRDConfig:
         low, high = self.kl_reward_range
         if not low < high:
             raise CRDError(f"kl_reward_range must be [low, high] with low < high, got {[low, high]}")
+        if self.best_of >= self.group_size:
+            raise CRDError(f"best_of={self.best_of} keeps every image of group_size={self.group_size}; lower it")
         if self.residual == "leave_one_out" and self.draws < 2:
             raise CRDError("residual=leave_one_out needs draws of 2 or more, got 1; raise draws")
         # Built here so that a bad value is refused before any model is loaded.

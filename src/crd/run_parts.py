@@ -94,20 +94,28 @@ def load_judged(
     return Judged(rewards, train_data, eval_data, HeldOutScores(config.held_out, eval_data))
 
 
+def sampling_role(config: CRDConfig) -> str:
+    """The role that draws the rollouts."""
+    return SAMPLER if config.decouple_sampler else OLD
+
+
 def trained_roles(config: CRDConfig) -> tuple[str, ...]:
     """The roles of a run beside the policy and the anchor."""
-    return (OLD, SAMPLER) if config.decouple_sampler else (OLD,)
+    needed = config.objective_config().build().needs | {sampling_role(config)}
+    return tuple(role for role in (OLD, SAMPLER) if role in needed)
 
 
 def check_settings(backbone: Backbone, config: CRDConfig) -> None:
     """Refuse settings that only the model can judge.
 
     Raises:
-        CRDError: a size, a guidance or a weighting that the model does not take.
+        CRDError: a size, a guidance, an objective or a weighting that the model does not take.
     """
     backbone.latent_shape(config.height, config.width)
     for scale in (config.rollout_guidance, config.anchor_guidance, *config.eval_base_guidance):
         backbone.check_scale(scale)
+    if config.objective_config().flow_only and not backbone.flow:
+        raise CRDError(f"objective={config.objective} is for flow matching, got a DDPM model; use crd")
     if config.weighting == "likelihood" and not backbone.flow:
         raise CRDError("weighting=likelihood is for flow matching, got a DDPM model; use adaptive or unit")
 

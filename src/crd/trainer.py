@@ -23,7 +23,7 @@ from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
 from crd.records import RewardOutput, Rollout
 from crd.run_books import RunBooks
 from crd.run_folder import recorded_config
-from crd.run_parts import Model, Rewards, RunParts, load_parts
+from crd.run_parts import Model, Rewards, RunParts, load_parts, sampling_role
 from crd.snapshots import OLD, POLICY, SAMPLER
 from crd.tracker import print_update
 from crd.training_state import Progress, pack, restore
@@ -190,14 +190,11 @@ class CRDTrainer:
 
     def update(self) -> dict[str, float]:
         """One update of the method: images from `sampler`, rewards, advantages, optimizer steps, snapshots."""
-        config = self.args
         plan = self.plan(self.progress.updates_done)
         rollout = self.rollout(plan)
         rewards = self.score(plan, rollout)
         metrics = self._optimize(plan, rollout, rewards)
-        self.snapshots.advance(OLD, metrics["old_decay"])
-        if config.decouple_sampler:
-            self.snapshots.advance(SAMPLER, metrics["sampler_decay"])
+        metrics |= self._move_snapshots()
         self.progress.updates_done += 1
         self.progress.images_drawn += len(plan.batch)
         return {**metrics, "images": float(self.progress.images_drawn)}
@@ -213,7 +210,7 @@ class CRDTrainer:
             config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width,
             config.solver,
         )  # fmt: skip
-        with self.snapshots.use(SAMPLER if config.decouple_sampler else OLD) as sampler:
+        with self.snapshots.use(sampling_role(config)) as sampler:
             return draw(self.backbone, sampler, self.engine, plan.own, settings, self.uncond, "rollout")
 
     def score(self, plan: UpdatePlan, rollout: Rollout) -> RewardOutput:
@@ -273,10 +270,16 @@ class CRDTrainer:
             **rewards.metrics(),
             **means,
             "zero_variance_groups": float(advantages.zero_variance_groups),
-            "old_decay": config.old_schedule().decay(self.progress.optimizer_steps),
-            "sampler_decay": config.sampler_schedule().decay(self.progress.optimizer_steps),
             "optimizer_steps": float(self.progress.optimizer_steps),
         }
+
+    def _move_snapshots(self) -> dict[str, float]:
+        """Each snapshot a little towards the policy; returns how little."""
+        schedules = {OLD: self.args.old_schedule(), SAMPLER: self.args.sampler_schedule()}
+        decays = {role: schedules[role].decay(self.progress.optimizer_steps) for role in self.snapshots.roles}
+        for role, decay in decays.items():
+            self.snapshots.advance(role, decay)
+        return {f"{role}_decay": decay for role, decay in decays.items()}
 
     def evaluate(self, role: str = POLICY, guidance: float | None = None) -> EvalResult:
         """What a role ("policy", "anchor" = the base model, ...) does on the evaluation prompts.

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from crd.errors import CRDError
+from crd.objectives.awm import AWMObjectiveConfig
 from crd.objectives.crd import CRDObjectiveConfig
 from crd.objectives.kl import ObjectiveConfig
+from crd.objectives.nft import NFTObjectiveConfig
+from crd.objectives.raft import RAFTObjectiveConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "crd": CRDObjectiveConfig,
+    "nft": NFTObjectiveConfig,
+    "awm": AWMObjectiveConfig,
+    "raft": RAFTObjectiveConfig,
 }
 
 
