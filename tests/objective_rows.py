@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from crd.objectives.base import DenoiserOutputs, Rows
+from crd.objectives.base import DenoiserOutputs, Rows, SampledSteps
 
 DOUBLE = torch.float64
 SHAPE = (2, 3, 3)
@@ -27,9 +27,13 @@ def make_rows(group_sizes: tuple[int, ...] = (3, 2, 4), draws: int = 3, seed: in
 
 
 def make_outputs(n: int, seed: int = 0) -> DenoiserOutputs:
+    """Random velocities; as steps of trajectories, `old` drew them."""
     g = torch.Generator().manual_seed(seed)
     policy, old, anchor, target = (torch.randn(n, *SHAPE, generator=g, dtype=DOUBLE) for _ in range(4))
-    return DenoiserOutputs(policy, old, anchor, target, t=0.1 + 0.9 * torch.rand(n, generator=g, dtype=DOUBLE))
+    t = 0.1 + 0.9 * torch.rand(n, generator=g, dtype=DOUBLE)
+    precision = 0.2 + torch.rand(n, generator=g, dtype=DOUBLE)
+    steps = SampledSteps(precision, -precision * (old - target).square().flatten(1).mean(1) / 2)
+    return DenoiserOutputs(policy, old, anchor, target, t, steps)
 
 
 def pick_rows(rows: Rows, index: Tensor) -> Rows:
@@ -37,4 +41,7 @@ def pick_rows(rows: Rows, index: Tensor) -> Rows:
 
 
 def pick_outputs(outputs: DenoiserOutputs, index: Tensor) -> DenoiserOutputs:
-    return DenoiserOutputs(*(getattr(outputs, f.name)[index] for f in dataclasses.fields(DenoiserOutputs)))
+    tensors = (outputs.policy, outputs.old, outputs.anchor, outputs.target, outputs.t)
+    assert outputs.steps is not None
+    steps = SampledSteps(outputs.steps.precision[index], outputs.steps.log_density[index])
+    return DenoiserOutputs(*(tensor[index] for tensor in tensors if tensor is not None), steps)

@@ -18,11 +18,12 @@ from crd.advantages import group_advantages
 from crd.backbones import Backbone, guided_velocity, load_backbone
 from crd.config import CRDConfig
 from crd.export import export_lora
-from crd.optimizer_batch import Draws, build_rows, draw_times
+from crd.optimizer_batch import build_rows
 from crd.records import Conditioning
 from crd.sampling import sample
 from crd.snapshots import LoraSettings, Snapshots
 from crd.trainer import CRDTrainer
+from crd.update_plan import Draws, draw_times
 
 PROMPTS = ["a cat", 'the "dog" runs', "two birds"]
 SEEDS = [11, 12, 13]
@@ -184,7 +185,8 @@ def update_losses(name: str, folder: Path) -> tuple[float, float]:
     images = torch.arange(len(rollout.batch))
     draws = Draws(2, "rollout_grid", 0.99, True)
     rows = build_rows(rewards, advantages, torch.ones(len(images)), rollout.batch.group_id, images, 2)
-    velocities = trainer.velocities(rollout, rows, draw_times(draws, trainer.sigmas, rows, 0, "parity"), 0, "parity")
+    times = draw_times(draws, trainer.sigmas, rollout.batch.group_id, 0, "parity")
+    velocities = trainer.velocities(rollout, rows, times, 0, "parity")
     before = trainer.engine.backward(trainer.objective, velocities, rows, 64)["loss"]
     trainer.engine.step(trainer.optimizer, trainer.snapshots.parameters(), 1.0)
     with torch.no_grad():

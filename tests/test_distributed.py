@@ -182,6 +182,9 @@ def configs(base_config: CRDConfig) -> dict[str, CRDConfig]:
         "full": replace(small, finetune="full", micro_batch=4),
         # Two images in each optimizer step: of three processes, one has none of its own.
         "bundled": replace(small, model="tiny-sd3", micro_batch=4, prompts_per_update=2, group_size=2),
+        "flow_grpo": replace(
+            small, objective="flow_grpo", decouple_sampler=False, old_start=0.0, old_slope=0.0, clip_range=0.1
+        ),
         "sharded": small,
     }
 
@@ -215,7 +218,7 @@ def test_the_gradient_of_a_step_is_the_same(gang: list[dict[str, Any]], alone: d
     assert images == 1 or float(wanted.abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "bundled", "sharded"])
+@pytest.mark.parametrize("name", ["lora", "full", "bundled", "flow_grpo", "sharded"])
 def test_an_update_is_the_same(gang: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
     wanted: Did = alone[name]
     ranks: list[Did] = [rank[name] for rank in gang]

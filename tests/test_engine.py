@@ -18,10 +18,11 @@ from crd.engine import Engine
 from crd.errors import CRDError
 from crd.objectives.base import DenoiserOutputs, Rows
 from crd.objectives.crd import CRD, CRDInputs, CRDObjectiveConfig, crd_loss
-from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
+from crd.optimizer_batch import RowVelocities, build_rows
 from crd.records import Conditioning, PromptBatch, RewardOutput, Rollout
 from crd.snapshots import LoraSettings, Snapshots
 from crd.trainer import CRDTrainer
+from crd.update_plan import Draws, draw_times
 
 DOUBLE = torch.float64
 SIZES = (2, 3, 2)  # images of each group
@@ -108,7 +109,7 @@ def make_world(mode: str) -> World:
     rewards = RewardOutput(torch.rand(images, generator=g, dtype=DOUBLE), {})
     advantages = group_advantages(rewards.total, group_id)
     rows = build_rows(rewards, advantages, rewards.total, group_id, torch.arange(images), DRAWS)
-    t = draw_times(Draws(DRAWS, "rollout_grid", 1.0, shared=True), backbone.grid(4).sigmas, rows, 0).double()
+    t = draw_times(Draws(DRAWS, "rollout_grid", 1.0, shared=True), backbone.grid(4).sigmas, group_id, 0).double()
     return World(backbone, snapshots, Rollout(x0, conditioning, [], batch), rows, t, Engine(device="cpu"))
 
 
@@ -178,7 +179,8 @@ def test_draws_of_one_group_share_t_and_no_noise(world: World) -> None:
     outputs = world.velocities(OBJECTIVES["published"], world.rows, world.t)(torch.arange(ROWS))
     noise = outputs.target + world.rollout.x0[world.rows.image_id]
     assert len({float(value) for value in noise[:, 0, 0, 0]}) == ROWS
-    alone = draw_times(Draws(DRAWS, "uniform", 1.0, shared=False), world.backbone.grid(4).sigmas, world.rows, 0)
+    group_id = world.rollout.batch.group_id
+    alone = draw_times(Draws(DRAWS, "uniform", 1.0, shared=False), world.backbone.grid(4).sigmas, group_id, 0)
     assert len({float(t) for t in alone}) == ROWS
 
 

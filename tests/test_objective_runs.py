@@ -20,6 +20,7 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "crd": ({}, {"old", "sampler"}),
     "nft": ({"beta": 0.1, "decouple_sampler": False}, {"old"}),
     "awm": ({"clip_range": 0.1, "decouple_sampler": False, "old_start": 0.0, "old_slope": 0.0}, {"old"}),
+    "flow_grpo": ({"clip_range": 1e-3, "sampler_start": 0.0, "sampler_slope": 0.0, "draws": 1}, {"sampler"}),
     "raft": ({"best_of": 2}, {"sampler"}),
 }
 

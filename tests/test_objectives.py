@@ -10,6 +10,7 @@ import pytest
 import torch
 from objective_rows import DOUBLE, make_outputs, make_rows, pick_outputs, pick_rows
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from crd.config import CRDConfig
 from crd.errors import CRDError
@@ -17,6 +18,7 @@ from crd.objectives import OBJECTIVES
 from crd.objectives.awm import AWMObjectiveConfig
 from crd.objectives.base import DenoiserOutputs, Rows
 from crd.objectives.crd import CRDObjectiveConfig
+from crd.objectives.flow_grpo import FlowGRPOObjectiveConfig
 from crd.objectives.kl import ObjectiveConfig
 from crd.objectives.nft import NFTObjectiveConfig
 from crd.objectives.raft import RAFTObjectiveConfig, best_rows
@@ -26,8 +28,10 @@ CONFIGS: dict[str, ObjectiveConfig] = {
     "nft-unit": NFTObjectiveConfig(weighting="unit", kl_max=0.0),
     "awm": AWMObjectiveConfig(clip_range=0.2),
     "awm-huber": AWMObjectiveConfig(matching_loss="huber", clip_range=0.05, kl_max=0.0),
+    "flow_grpo": FlowGRPOObjectiveConfig(clip_range=0.03),
     "raft": RAFTObjectiveConfig(best_of=2),
 }
+ON_POLICY: dict[str, object] = {"objective": "flow_grpo", "sampler_slope": 0.0}
 
 
 def gradient(config: ObjectiveConfig, outputs: DenoiserOutputs, rows: Rows) -> tuple[float, Tensor]:
@@ -64,9 +68,19 @@ def awm_row(config: AWMObjectiveConfig, v: Tensor, o: DenoiserOutputs, rows: Row
         e = ((velocity - o.target[i]) ** 2).mean()
         return -e if config.matching_loss == "squared" else -4 * o.t[i] * ((e + 1e-10).sqrt().sqrt() - 1e-10**0.25)
 
-    ratio = torch.exp(likelihood(v) - likelihood(o.old[i]))  # type: ignore[index]
-    a, low, high = (rows.advantage[i] - 0.5) * 2 * config.loss_scale, 1 - config.clip_range, 1 + config.clip_range
+    return clipped(torch.exp(likelihood(v) - likelihood(o.old[i])), rows.advantage[i], config)  # type: ignore[index]
+
+
+def clipped(ratio: Tensor, advantage: Tensor, config: AWMObjectiveConfig | FlowGRPOObjectiveConfig) -> Tensor:
+    a, low, high = (advantage - 0.5) * 2 * config.loss_scale, 1 - config.clip_range, 1 + config.clip_range
     return -torch.min(a * ratio, a * torch.clip(ratio, low, high))
+
+
+def flow_grpo_row(config: FlowGRPOObjectiveConfig, v: Tensor, o: DenoiserOutputs, rows: Rows, i: int) -> Tensor:
+    """The step as a Gaussian of the velocity that it took; `old` drew it."""
+    spread = o.steps.precision[i] ** -0.5  # type: ignore[union-attr]
+    new, old = (Normal(mean, spread).log_prob(o.target[i]).mean() for mean in (v, o.old[i]))  # type: ignore[index]
+    return clipped(torch.exp(new - old), rows.advantage[i], config)
 
 
 def raft_row(config: RAFTObjectiveConfig, v: Tensor, o: DenoiserOutputs, rows: Rows, i: int) -> Tensor:
@@ -83,9 +97,18 @@ def raft_row(config: RAFTObjectiveConfig, v: Tensor, o: DenoiserOutputs, rows: R
     return kept * ((v - o.target[i]) ** 2).mean() / kept_of_all
 
 
+def kl_row(config: ObjectiveConfig, v: Tensor, o: DenoiserOutputs, i: int) -> Tensor:
+    anchor = o.anchor[i]  # type: ignore[index]
+    if not isinstance(config, FlowGRPOObjectiveConfig):
+        return ((v - anchor) ** 2).mean()
+    spread = o.steps.precision[i] ** -0.5  # type: ignore[union-attr]
+    return kl_divergence(Normal(v, spread), Normal(anchor, spread)).mean()
+
+
 REFERENCES: dict[type, Callable[..., Tensor]] = {
     NFTObjectiveConfig: nft_row,
     AWMObjectiveConfig: awm_row,
+    FlowGRPOObjectiveConfig: flow_grpo_row,
     RAFTObjectiveConfig: raft_row,
 }
 
@@ -102,7 +125,7 @@ def test_loss_and_gradient_are_those_of_a_plain_reference(name: str) -> None:
             total = total + reference(config, policy[i], outputs, rows, i)
         if config.kl_max > 0:
             strength = config.kl_min + (config.kl_max - config.kl_min) * rows.kl_gate[i]
-            total = total + strength * ((policy[i] - outputs.anchor[i]) ** 2).mean()  # type: ignore[index]
+            total = total + strength * kl_row(config, policy[i], outputs, i)
     wanted = torch.autograd.grad(total / len(rows), policy)[0]
     loss, found = gradient(config, outputs, rows)
     assert loss == pytest.approx(total.item() / len(rows), rel=1e-10)
@@ -252,6 +275,12 @@ def test_settings_have_the_defaults_of_the_run(name: str) -> None:
         ({"objective": "raft", "best_of": 24}, "best_of=24 keeps every image of group_size=24; lower it"),
         ({"objective": "raft", "best_of": 0}, "best_of must be at least 1"),
         ({"objective": "raft", "kl_min": 1.0}, "kl_min <= kl_max"),
+        ({"objective": "nft", "sde_noise": 0.1}, "sde_noise=0.1 is not read by objective nft"),
+        ({"objective": "flow_grpo"}, "got sampler_slope=0.0075; set sampler_slope=0.0"),
+        ({"objective": "flow_grpo", "decouple_sampler": False}, "got old_start=0.25; set old_start=0.0"),
+        ({**ON_POLICY, "timesteps": "uniform"}, "got timesteps=uniform; set timesteps=rollout_grid"),
+        ({**ON_POLICY, "solver": "dpmsolver++"}, "got solver=dpmsolver++; set solver=euler"),
+        ({**ON_POLICY, "sde_noise": 0.0}, "sde_noise must be above 0"),
         ({"objective": "cdr"}, "unknown objective 'cdr'; choose one of: crd, "),
     ],
     ids=str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,12 +83,14 @@ def test_sizes_of_networks_are_those_of_the_loaded_model() -> None:
         {"micro_batch": 3},
         {"micro_batch": 3, "cache_references": False},
         {"micro_batch": 3, "kl_max": 0.0, "rollout_guidance": 3.0, "optimizer_steps": 2},
+        {"micro_batch": 3, "objective": "raft"},
+        {"micro_batch": 3, "objective": "flow_grpo", "draws": 1, "sampler_start": 0.0, "sampler_slope": 0.0},
     ],
     ids=str,
 )
-def test_forwards_are_those_of_a_real_update(config: CRDConfig, change: dict[str, float]) -> None:
+def test_forwards_are_those_of_a_real_update(config: CRDConfig, change: dict[str, Any]) -> None:
     config = replace(config, group_size=3, optimizer_steps=1)
-    config = replace(config, **change)  # type: ignore[arg-type]
+    config = replace(config, **change)
     trainer = CRDTrainer(args=config)
     rows: list[int] = []
     trainer.backbone.denoiser.register_forward_hook(  # after the call: encoding only comes as far as before it

@@ -12,8 +12,9 @@ import yaml
 from crd.advantages import KL_GATES, NORMALIZATIONS
 from crd.alarm import ACTIONS
 from crd.errors import CRDError
-from crd.flow import SOLVERS, TIMESTEP_MODES
+from crd.flow import EULER, SOLVERS, TIMESTEP_MODES
 from crd.objectives import objective_config
+from crd.objectives.base import TRAJECTORY
 from crd.objectives.kl import ObjectiveConfig
 from crd.schedules import LearningRate, RampDecay
 
@@ -76,6 +77,7 @@ class CRDConfig:
     loss_scale: float = 5.0
     matching_loss: str = "squared"
     clip_range: float = 1e-4
+    sde_noise: float = 0.7  # a of the sampler's noise a sqrt(t / (1 - t)); evaluation stays without
     best_of: int = 1
     advantage_clip: float = 5.0
 
@@ -189,10 +191,21 @@ class CRDConfig:
         if self.residual == "leave_one_out" and self.draws < 2:
             raise CRDError("residual=leave_one_out needs draws of 2 or more, got 1; raise draws")
         # Built here so that a bad value is refused before any model is loaded.
-        self.objective_config()
+        objective = self.objective_config().build()
         self.rate_schedule()
         self.old_schedule()
         self.sampler_schedule()
+        if TRAJECTORY in objective.needs:
+            self._check_trajectories()
+
+    def _check_trajectories(self) -> None:
+        """Refuse what does not go with training on the steps of the policy's own trajectories."""
+        drawing = "sampler" if self.decouple_sampler else "old"
+        wanted = {"solver": EULER, "timesteps": "rollout_grid", f"{drawing}_start": 0.0, f"{drawing}_slope": 0.0}
+        for name, value in wanted.items():
+            if self.__dict__[name] != value:
+                raise CRDError(f"objective={self.objective} trains on steps of the policy's own trajectories on the "
+                               f"{EULER} grid, got {name}={self.__dict__[name]}; set {name}={value}")  # fmt: skip
 
     def _value(self, name: str) -> float:
         value: float = self.__dict__[name]

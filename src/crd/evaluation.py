@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from crd.backbones.base import Backbone
+from crd.backbones.solvers import Step
 from crd.console import progress_steps
 from crd.data import PromptDataset, prompt_batch
 from crd.engine import Engine
@@ -103,8 +104,9 @@ def draw(
     settings: SamplingSettings,
     uncond: Mapping[str, Tensor],
     title: str,
+    stepper: Callable[[Tensor], Step] | None = None,
 ) -> Rollout:
-    """Finished images of a batch of prompts; each distinct prompt is encoded once."""
+    """Finished images of a batch of prompts; each distinct prompt is encoded once. `stepper`: see `sample`."""
     distinct = list(dict.fromkeys(batch.prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     with engine.ranks.together():
@@ -124,6 +126,7 @@ def draw(
             micro_batch=settings.batch,
             progress=progress,
             solver=settings.solver,
+            stepper=stepper,
         )
         images = backbone.decode(x0, chunk=settings.batch)
     return Rollout(x0, conditioning, images, batch)

@@ -143,7 +143,7 @@ def draw_timesteps(
 
     Source: arXiv 2603.14128, experimental settings (rollout grid, noisiest 99%); the rest is ours.
     """
-    grid = _kept_grid(sigmas, fraction).to(generator.device)
+    grid = kept_grid(sigmas, fraction).to(generator.device)
     if units < 1 or draws < 1:
         raise ValueError(f"units and draws must be at least 1, got {units} and {draws}")
     if mode == "rollout_grid":
@@ -160,8 +160,17 @@ def draw_timesteps(
     return (low + (high - low) * position).float()
 
 
-def _kept_grid(sigmas: Tensor, fraction: float) -> Tensor:
-    """Times of the rollout's denoiser calls from 1 - fraction on, float64, decreasing."""
+def kept_grid(sigmas: Tensor, fraction: float) -> Tensor:
+    """Times of the rollout's denoiser calls from 1 - fraction on, float64, decreasing.
+
+    Args:
+        sigmas: (S + 1,) noise levels of an S-step rollout, decreasing in [0, 1], the last one 0.
+        fraction: share of the grid to keep, in (0, 1].
+
+    Raises:
+        CRDError: a fraction that is out of range or keeps no step.
+        ValueError: `sigmas` is no such grid.
+    """
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas must be (S+1,) with S >= 1, got {tuple(sigmas.shape)}")
     levels = sigmas.detach().double().cpu()

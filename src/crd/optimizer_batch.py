@@ -8,25 +8,39 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from crd.advantages import Advantages
+from crd.advantages import Advantages, group_advantages, group_normalized, kl_gate
 from crd.backbones.base import Backbone, guided_velocity
+from crd.config import CRDConfig
 from crd.engine import Engine
-from crd.flow import draw_timesteps, interpolate, velocity_target
-from crd.objectives.base import DenoiserOutputs, Rows
+from crd.flow import interpolate, velocity_target
+from crd.objectives.base import DenoiserOutputs, Rows, SampledSteps
 from crd.records import RewardOutput, Rollout
 from crd.sampling import initial_noise
-from crd.seeds import derive_seed, generator
+from crd.seeds import derive_seed
 from crd.snapshots import ANCHOR, OLD, POLICY, Snapshots
 
 
 @dataclass(frozen=True)
-class Draws:
-    """How rows are noised: `count` draws of (t, noise) an image."""
+class Points:
+    """Where N rows are, and the velocity that they are to have there."""
 
-    count: int
-    timesteps: str
-    fraction: float
-    shared: bool
+    x_t: Tensor  # (N, C, H, W)
+    t: Tensor  # (N,)
+    target: Tensor  # (N, C, H, W)
+    steps: SampledSteps | None
+
+
+def learning_signal(
+    config: CRDConfig, rewards: RewardOutput, weights: Mapping[str, float], group_id: Tensor
+) -> tuple[Advantages, Tensor]:
+    """Advantages of B images, and the gate (B,) of their KL strength."""
+    signal = rewards.total
+    if config.reward_normalization == "group":
+        signal = group_normalized(rewards.columns, weights, group_id)
+    advantages = group_advantages(signal, group_id, clip=config.advantage_clip)
+    # Without an anchor nothing reads the gate, so rewards need no range.
+    kind = config.kl_gate if config.kl_max > 0 else "constant"
+    return advantages, kl_gate(kind, rewards.total, advantages.advantage, config.kl_reward_range)
 
 
 def build_rows(
@@ -43,20 +57,6 @@ def build_rows(
         kl_gate=gate[image],
         has_signal=advantages.has_signal[image],
     )
-
-
-def draw_times(draws: Draws, sigmas: Tensor, rows: Rows, *name: int | str) -> Tensor:
-    """t (N,) of the rows: one per (group, draw) if shared, else one per row."""
-    unit = torch.unique(rows.group_id if draws.shared else rows.image_id, return_inverse=True)[1]
-    table = draw_timesteps(
-        draws.timesteps,
-        sigmas,
-        units=int(unit.max()) + 1,
-        draws=draws.count,
-        fraction=draws.fraction,
-        generator=generator(*name, "timesteps"),
-    )
-    return table[rows.draw, unit]
 
 
 @dataclass
@@ -89,30 +89,41 @@ class RowVelocities:
         self._place[known] = torch.arange(len(known))
 
     def __call__(self, index: Tensor) -> DenoiserOutputs:
-        image = self.rows.image_id[index]
-        place = self._place[image]
-        x0 = self.rollout.x0[place]
-        seeds = [
-            derive_seed(*self.name, "noise", int(i), int(d)) for i, d in zip(image, self.rows.draw[index], strict=True)
-        ]
-        noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
-        t = self.t[index].to(x0)
-        x_t = interpolate(x0, noise, t)
+        place = self._place[self.rows.image_id[index]]
+        points = self._points(index, place)
         conditioning = self.rollout.conditioning.select(place).gather()
-        references = self._references(index, x_t, t, conditioning)
+        references = self._references(index, points, conditioning)
         with self.snapshots.use(POLICY) as policy, self.engine.autocast():
-            velocity = self._velocity(policy, x_t, t, conditioning, self.trained_guidance)
+            velocity = self._velocity(policy, points, conditioning, self.trained_guidance)
         return DenoiserOutputs(
             policy=velocity,
             old=references.get(OLD),
             anchor=references.get(ANCHOR),
-            target=self._scaled(velocity_target(x0, noise), t),
-            t=t,
+            target=self._scaled(points.target, points.t),
+            t=points.t,
+            steps=points.steps,
         )
 
+    def _points(self, index: Tensor, place: Tensor) -> Points:
+        """Noised images, or, if the rollout kept its trajectories, the states that its steps started from."""
+        x0 = self.rollout.x0[place]
+        t = self.t[index].to(x0)
+        trajectories = self.rollout.trajectories
+        if trajectories is None:
+            draws = zip(self.rows.image_id[index].tolist(), self.rows.draw[index].tolist(), strict=True)
+            seeds = [derive_seed(*self.name, "noise", image, draw) for image, draw in draws]
+            noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
+            return Points(interpolate(x0, noise, t), t, velocity_target(x0, noise), None)
+        sde, step = trajectories.sde, trajectories.sde.index(self.t[index])
+        taken = trajectories.at(place, step)
+        x_t, log_density = taken.x.to(x0), taken.log_density.to(x0.device)
+        precision = sde.precision(step).to(x0.device)
+        return Points(x_t, t, sde.target(step, x_t, taken.x_next.to(x0)), SampledSteps(precision, log_density))
+
     def _velocity(
-        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor], guidance: float
+        self, denoiser: nn.Module, points: Points, conditioning: dict[str, Tensor], guidance: float
     ) -> Tensor:
+        x_t, t = points.x_t, points.t
         velocity = guided_velocity(self.backbone, denoiser, x_t, t, conditioning, self.uncond, guidance)
         return self._scaled(velocity, t)
 
@@ -120,17 +131,17 @@ class RowVelocities:
         return velocity * self.backbone.target_scale(t)[:, None, None, None]
 
     @torch.no_grad()
-    def _references(self, index: Tensor, x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _references(self, index: Tensor, points: Points, conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
         key = (int(index[0]), len(index))
         if key in self._cached:
             return self._cached[key]
         found: dict[str, Tensor] = {}
         if OLD in self.needs:
             with self.snapshots.use(OLD) as old, self.engine.autocast():
-                found[OLD] = self._velocity(old, x_t, t, conditioning, self.trained_guidance)
+                found[OLD] = self._velocity(old, points, conditioning, self.trained_guidance)
         if ANCHOR in self.needs:
             with self.snapshots.use(ANCHOR) as anchor, self.engine.autocast():
-                found[ANCHOR] = self._velocity(anchor, x_t, t, conditioning, self.anchor_guidance)
+                found[ANCHOR] = self._velocity(anchor, points, conditioning, self.anchor_guidance)
         if self.cache:
             self._cached[key] = found
         return found

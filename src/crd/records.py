@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from crd.trajectories import Trajectories
 
 # The dataset column that names the rewards which judge a prompt; no reward takes it as its own.
 ASKED = "rewards"
@@ -66,12 +69,13 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Finished images of one PromptBatch: all that CRD needs of a sampler."""
+    """Finished images of one PromptBatch: all that most objectives need of a sampler."""
 
     x0: Tensor  # (B, C, H, W) float32, clean latents
     conditioning: Conditioning  # of B images
     images: list[Image.Image]  # length B, RGB
     batch: PromptBatch
+    trajectories: Trajectories | None = None  # how the stochastic sampler came there
 
 
 @dataclass(frozen=True)

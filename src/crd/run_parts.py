@@ -16,9 +16,10 @@ from crd.config import CRDConfig
 from crd.data import PromptDataset, Prompts
 from crd.errors import CRDError
 from crd.execution import compile_blocks, prepare_backbone
-from crd.flow import draw_timesteps
+from crd.flow import draw_timesteps, kept_grid
 from crd.loading import build_snapshots, judged_prompts, training_backbone
 from crd.metrics.held_out import HeldOutScores
+from crd.objectives.base import TRAJECTORY
 from crd.rewards import RewardFunction, RewardSet
 from crd.seeds import generator
 from crd.snapshots import OLD, SAMPLER, Snapshots
@@ -116,6 +117,10 @@ def check_settings(backbone: Backbone, config: CRDConfig) -> None:
         backbone.check_scale(scale)
     if config.objective_config().flow_only and not backbone.flow:
         raise CRDError(f"objective={config.objective} is for flow matching, got a DDPM model; use crd")
+    trained_scale = backbone.trained_scale(config.rollout_guidance)
+    if TRAJECTORY in config.objective_config().build().needs and config.rollout_guidance != trained_scale:
+        raise CRDError(f"objective={config.objective} trains on the policy's own trajectories, got rollout_guidance="
+                       f"{config.rollout_guidance:g}; set rollout_guidance={trained_scale:g}")  # fmt: skip
     if config.weighting == "likelihood" and not backbone.flow:
         raise CRDError("weighting=likelihood is for flow matching, got a DDPM model; use adaptive or unit")
 
@@ -124,6 +129,10 @@ def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
     """The grid of rollouts; what does not fit the model is refused here, before a run folder exists."""
     check_settings(backbone, config)
     sigmas = backbone.grid(config.rollout_steps, config.height, config.width, config.solver).sigmas
+    kept = len(kept_grid(sigmas, config.timestep_fraction))
+    if TRAJECTORY in config.objective_config().build().needs and config.draws > kept:
+        raise CRDError(f"objective={config.objective} trains on a step once, got draws={config.draws} of {kept} steps "
+                       f"with timestep_fraction={config.timestep_fraction:g}; set draws={kept}")  # fmt: skip
     once = generator(config.seed)
     draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once)
     return sigmas

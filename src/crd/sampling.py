@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crd.backbones.base import Backbone, guided_velocity
+from crd.backbones.solvers import Step
 from crd.flow import EULER
 from crd.records import Conditioning
 
@@ -44,6 +45,7 @@ def sample(
     micro_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     solver: str = EULER,
+    stepper: Callable[[Tensor], Step] | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE `dx/dt = v(x, t)` from noise to data, in float32.
 
@@ -60,6 +62,7 @@ def sample(
         micro_batch: Images per denoiser call; None = all at once.
         progress: Called as `progress(done, total)` after each denoiser step of each micro-batch.
         solver: "euler" or "dpmsolver++".
+        stepper: image numbers (N,) -> what moves these images on, in place of the solver's own steps on its grid.
 
     Returns:
         x0 (B, C, H, W) float32 on the backbone's device.
@@ -82,7 +85,7 @@ def sample(
     for rows in torch.arange(total).split(rows_per_call):
         cond = conditioning.select(rows.to(conditioning.row.device)).gather()
         x = grid.start * noise[rows].to(backbone.device)
-        advance = grid.stepper()
+        advance = grid.stepper() if stepper is None else stepper(rows)
         for step in range(steps):
             t = grid.times[step].expand(len(rows)).to(backbone.device)
             v = guided_velocity(backbone, denoiser, x, t, cond, uncond, guidance_scale)

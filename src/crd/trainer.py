@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from crd.advantages import group_advantages, group_normalized, kl_gate
 from crd.config import CRDConfig
 from crd.console import console
 from crd.data import Prompts, count_shared
@@ -18,15 +18,17 @@ from crd.evaluation import EvalResult, Evaluator, SamplingSettings, draw, encode
 from crd.execution import cache_prompts
 from crd.export import export_lora, export_pipeline
 from crd.loading import build_optimizer, checkpoint_number
-from crd.objectives.base import Rows
-from crd.optimizer_batch import Draws, RowVelocities, build_rows, draw_times
+from crd.objectives.base import TRAJECTORY, Rows
+from crd.optimizer_batch import RowVelocities, build_rows, learning_signal
 from crd.records import RewardOutput, Rollout
 from crd.run_books import RunBooks
 from crd.run_folder import recorded_config
 from crd.run_parts import Model, Rewards, RunParts, load_parts, sampling_role
+from crd.sde import SDESteps
 from crd.snapshots import OLD, POLICY, SAMPLER
 from crd.tracker import print_update
 from crd.training_state import Progress, pack, restore
+from crd.trajectories import Trajectories
 from crd.update_plan import UpdatePlan, plan_update
 from crd.watch import Verdict, Watch
 
@@ -201,7 +203,7 @@ class CRDTrainer:
 
     def plan(self, number: int) -> UpdatePlan:
         """The images of update `number`, and who draws which."""
-        return plan_update(self.train_data, self.args, number, self.ranks)
+        return plan_update(self.train_data, self.args, number, self.ranks, self.sigmas)
 
     def rollout(self, plan: UpdatePlan) -> Rollout:
         """This process's images of an update, from `sampler`."""
@@ -210,8 +212,14 @@ class CRDTrainer:
             config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width,
             config.solver,
         )  # fmt: skip
+        trajectories = None
+        if TRAJECTORY in self.objective.needs:
+            shape = self.backbone.latent_shape(config.height, config.width)
+            trajectories = Trajectories.of(plan, SDESteps.of(self.sigmas, config.sde_noise), shape)
+        stepper = None if trajectories is None else trajectories.stepper
         with self.snapshots.use(sampling_role(config)) as sampler:
-            return draw(self.backbone, sampler, self.engine, plan.own, settings, self.uncond, "rollout")
+            rollout = draw(self.backbone, sampler, self.engine, plan.own, settings, self.uncond, "rollout", stepper)
+        return dataclasses.replace(rollout, trajectories=trajectories)
 
     def score(self, plan: UpdatePlan, rollout: Rollout) -> RewardOutput:
         """Rewards of all images of an update; each process judges its own."""
@@ -244,22 +252,14 @@ class CRDTrainer:
     def _optimize(self, plan: UpdatePlan, rollout: Rollout, rewards: RewardOutput) -> dict[str, float]:
         """The optimizer steps of one update, each on whole groups; mean metrics over the steps."""
         config, group_id = self.args, plan.batch.group_id
-        signal = rewards.total
-        if config.reward_normalization == "group":
-            signal = group_normalized(rewards.columns, self.rewards.weights, group_id)
-        advantages = group_advantages(signal, group_id, clip=config.advantage_clip)
-        # Without an anchor nothing reads the gate, so rewards need no range.
-        kind = config.kl_gate if config.kl_max > 0 else "constant"
-        gate = kl_gate(kind, rewards.total, advantages.advantage, config.kl_reward_range)
-        draws = Draws(config.draws, config.timesteps, config.timestep_fraction, config.share_timesteps)
+        advantages, gate = learning_signal(config, rewards, self.rewards.weights, group_id)
         steps: list[dict[str, float]] = []
-        for step, images in enumerate(plan.steps):
-            rows = build_rows(rewards, advantages, gate, group_id, images, draws.count)
-            name = (config.seed, "train", plan.number, step)
-            velocities = self.velocities(rollout, rows, draw_times(draws, self.sigmas, rows, *name), *name)
+        for step, (images, times) in enumerate(zip(plan.steps, plan.times, strict=True)):
+            rows = build_rows(rewards, advantages, gate, group_id, images, config.draws)
+            velocities = self.velocities(rollout, rows, times, config.seed, "train", plan.number, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = config.rate_schedule().rate(self.progress.optimizer_steps, plan.number)
-            share = self.ranks.share(len(images)).rows(draws.count)
+            share = self.ranks.share(len(images)).rows(config.draws)
             rows = rows.to(self.engine.device)
             found = self.engine.backward(self.objective, velocities, rows, config.micro_batch, share)
             norm = self.engine.step(self.optimizer, self.snapshots.parameters(), config.max_grad_norm)

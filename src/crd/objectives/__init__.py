@@ -8,6 +8,7 @@ from dataclasses import fields
 from crd.errors import CRDError
 from crd.objectives.awm import AWMObjectiveConfig
 from crd.objectives.crd import CRDObjectiveConfig
+from crd.objectives.flow_grpo import FlowGRPOObjectiveConfig
 from crd.objectives.kl import ObjectiveConfig
 from crd.objectives.nft import NFTObjectiveConfig
 from crd.objectives.raft import RAFTObjectiveConfig
@@ -16,6 +17,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "crd": CRDObjectiveConfig,
     "nft": NFTObjectiveConfig,
     "awm": AWMObjectiveConfig,
+    "flow_grpo": FlowGRPOObjectiveConfig,
     "raft": RAFTObjectiveConfig,
 }
 

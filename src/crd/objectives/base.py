@@ -16,6 +16,16 @@ from torch import Tensor
 from crd.errors import CRDError
 from crd.records import LossOutput
 
+TRAJECTORY = "trajectory"  # in `Objective.needs`: rows are steps of a stochastic sampler, not noised images
+
+
+@dataclass(frozen=True)
+class SampledSteps:
+    """Steps of a stochastic sampler as velocities: the target is the one that leads there, see `crd.sde`."""
+
+    precision: Tensor  # (N,) one over the variance of that velocity
+    log_density: Tensor  # (N,) of the step under the snapshot that drew it
+
 
 @dataclass(frozen=True)
 class DenoiserOutputs:
@@ -26,6 +36,7 @@ class DenoiserOutputs:
     anchor: Tensor | None  # (N, ...), guidance already applied
     target: Tensor  # (N, ...), noise - x0
     t: Tensor  # (N,) in [0, 1]
+    steps: SampledSteps | None = None  # of rows that are steps of a trajectory
 
     def __post_init__(self) -> None:
         shape = self.policy.shape
@@ -48,7 +59,10 @@ class DenoiserOutputs:
 
 @dataclass(frozen=True)
 class Rows:
-    """Plain numbers of all N rows of complete groups; one row is one image at one draw of (t, noise)."""
+    """Plain numbers of all N rows of complete groups; one row is one image at one draw.
+
+    A draw is a pair (t, noise), or a step of the image's trajectory.
+    """
 
     group_id: Tensor  # (N,) int64
     image_id: Tensor  # (N,) int64, one number an image within its group
@@ -156,7 +170,7 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Roles beside the policy whose velocities `terms` reads: a subset of {"old", "anchor"}."""
+        """What `terms` reads beside the policy's velocity: a subset of {"old", "anchor", TRAJECTORY}."""
         ...
 
     def terms(self, outputs: DenoiserOutputs) -> dict[str, Tensor]:
