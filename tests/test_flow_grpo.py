@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from objective_rows import make_outputs
+from tiny_families import tiny_family
 from torch.distributions import Normal, kl_divergence
 
+from crd.backbones import load_backbone
 from crd.config import CRDConfig
 from crd.errors import CRDError
 from crd.objectives.flow_grpo import FlowGRPOObjectiveConfig
 from crd.records import Rollout
+from crd.run_parts import check_settings
 from crd.sde import SDESteps, log_density
 from crd.trainer import CRDTrainer
 from crd.trajectories import Trajectories
@@ -142,6 +145,14 @@ def test_what_the_model_and_its_grid_do_not_allow(run: CRDConfig, change: dict[s
     with pytest.raises(CRDError) as error:
         CRDTrainer(args=replace(run, **change))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("objective", ["nft", "flow_grpo"])
+def test_ddpm_models_are_refused(objective: str) -> None:
+    backbone = load_backbone(tiny_family("SDXL"))
+    config = CRDConfig(objective=objective, sampler_slope=0.0, anchor_guidance=1.0)
+    with pytest.raises(CRDError, match=f"objective={objective} is for flow matching, got a DDPM model; use crd"):
+        check_settings(backbone, config)
 
 
 def test_noised_images_are_no_steps() -> None:

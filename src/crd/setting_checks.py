@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from urllib.parse import SplitResult, urlsplit
 
 from crd.errors import CRDError
@@ -26,6 +27,24 @@ def check_count(name: str, value: object, of: str, least: int) -> None:
     """Raise `CRDError` unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CRDError(f"{name} of {of} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise `CRDError` unless `value` is one of those allowed."""
+    if value not in allowed:
+        raise CRDError(f"{name} must be one of {', '.join(allowed)}, got {value!r}; choose one of them")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise `CRDError` unless `value` is above 0; infinity is."""
+    if not value > 0:
+        raise CRDError(f"{name} must be above 0, got {value}; raise it")
+
+
+def check_bounded(name: str, value: float) -> None:
+    """Raise `CRDError` if `value` is infinite or no number."""
+    if not math.isfinite(value):
+        raise CRDError(f"{name} must be finite, got {value}; lower it")
 
 
 def check_secret(secret: str, place: str) -> None:

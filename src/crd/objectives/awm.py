@@ -12,9 +12,10 @@ from torch import Tensor
 
 from crd.flow import velocity_error
 from crd.objectives.base import DenoiserOutputs, Rows
-from crd.objectives.kl import ObjectiveConfig, check_finite, check_option, check_positive, kl_needs, kl_terms
+from crd.objectives.kl import ObjectiveConfig, kl_needs, kl_terms
 from crd.objectives.ratio import clipped_loss
 from crd.records import LossOutput
+from crd.setting_checks import check_bounded, check_option, check_positive
 
 MATCHING_LOSSES = ("squared", "huber")
 _POWER, _EPS = 0.25, 1e-10  # of "huber"
@@ -33,7 +34,7 @@ class AWMObjectiveConfig(ObjectiveConfig):
         check_option("matching_loss", self.matching_loss, MATCHING_LOSSES)
         for name, number in (("clip_range", self.clip_range), ("loss_scale", self.loss_scale)):
             check_positive(name, number)
-            check_finite(name, number)
+            check_bounded(name, number)
 
     def build(self) -> AWM:
         """The AWM objective."""

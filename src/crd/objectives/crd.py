@@ -30,16 +30,9 @@ from crd.centering import center, tempered_weights
 from crd.errors import CRDError
 from crd.flow import error_scale, velocity_error
 from crd.objectives.base import DenoiserOutputs, RowLayout, Rows
-from crd.objectives.kl import (
-    ObjectiveConfig,
-    check_finite,
-    check_option,
-    check_positive,
-    kl_needs,
-    kl_terms,
-    with_kl,
-)
+from crd.objectives.kl import ObjectiveConfig, kl_needs, kl_terms, with_kl
 from crd.records import LossOutput
+from crd.setting_checks import check_bounded, check_option, check_positive
 
 OPTIONS = {
     "centering": ("uniform", "tempered"),
@@ -70,8 +63,8 @@ class CRDObjectiveConfig(ObjectiveConfig):
         for name, number in (("beta", self.beta), ("tau", self.tau), ("loss_scale", self.loss_scale)):
             check_positive(name, number)
         # tau may be infinite: that is uniform centering.
-        check_finite("beta", self.beta)
-        check_finite("loss_scale", self.loss_scale)
+        check_bounded("beta", self.beta)
+        check_bounded("loss_scale", self.loss_scale)
 
     def build(self) -> CRD:
         """The CRD objective."""

@@ -15,10 +15,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from crd.objectives.base import TRAJECTORY, DenoiserOutputs, Rows
-from crd.objectives.kl import ObjectiveConfig, check_finite, check_positive, kl_needs, kl_terms
+from crd.objectives.kl import ObjectiveConfig, kl_needs, kl_terms
 from crd.objectives.ratio import clipped_loss
 from crd.records import LossOutput
 from crd.sde import log_density
+from crd.setting_checks import check_bounded, check_positive
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FlowGRPOObjectiveConfig(ObjectiveConfig):
         numbers = {"clip_range": self.clip_range, "loss_scale": self.loss_scale, "sde_noise": self.sde_noise}
         for name, number in numbers.items():
             check_positive(name, number)
-            check_finite(name, number)
+            check_bounded(name, number)
 
     def build(self) -> FlowGRPO:
         """The Flow-GRPO objective."""

@@ -10,9 +10,7 @@ Source: arXiv 2603.14128, reward-adaptive KL to the guided pretrained model.
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +20,7 @@ from crd.errors import CRDError
 from crd.flow import velocity_error
 from crd.objectives.base import DenoiserOutputs, Objective, Rows
 from crd.records import LossOutput
+from crd.setting_checks import check_bounded
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class ObjectiveConfig(ABC):
     flow_only: ClassVar[bool] = False  # not for DDPM models
 
     def __post_init__(self) -> None:
-        check_finite("kl_max", self.kl_max)
+        check_bounded("kl_max", self.kl_max)
         if self.kl_max != 0 and not 0 <= self.kl_min <= self.kl_max:
             raise CRDError(
                 f"KL strengths need 0 <= kl_min <= kl_max, got kl_min={self.kl_min}, kl_max={self.kl_max}; "
@@ -104,33 +103,3 @@ def with_kl(
         metrics["kl"] = terms["kl"].mean().item()
     metrics["loss"] = loss.item()
     return LossOutput(loss, metrics)
-
-
-def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse what is not among the options.
-
-    Raises:
-        CRDError: it is not.
-    """
-    if value not in allowed:
-        raise CRDError(f"{name} must be one of {', '.join(allowed)}, got {value!r}; choose one of them")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Refuse a number that is not above 0.
-
-    Raises:
-        CRDError: it is not.
-    """
-    if not value > 0:
-        raise CRDError(f"{name} must be above 0, got {value}; raise it")
-
-
-def check_finite(name: str, value: float) -> None:
-    """Refuse infinity and nan.
-
-    Raises:
-        CRDError: it is one.
-    """
-    if not math.isfinite(value):
-        raise CRDError(f"{name} must be finite, got {value}; lower it")

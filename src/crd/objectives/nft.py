@@ -21,16 +21,9 @@ from torch import Tensor
 
 from crd.flow import error_scale, velocity_error
 from crd.objectives.base import DenoiserOutputs, Rows
-from crd.objectives.kl import (
-    ObjectiveConfig,
-    check_finite,
-    check_option,
-    check_positive,
-    kl_needs,
-    kl_terms,
-    with_kl,
-)
+from crd.objectives.kl import ObjectiveConfig, kl_needs, kl_terms, with_kl
 from crd.records import LossOutput
+from crd.setting_checks import check_bounded, check_option, check_positive
 
 WEIGHTINGS = ("adaptive", "unit")
 
@@ -49,7 +42,7 @@ class NFTObjectiveConfig(ObjectiveConfig):
         check_option("weighting", self.weighting, WEIGHTINGS)
         for name, number in (("beta", self.beta), ("loss_scale", self.loss_scale)):
             check_positive(name, number)
-            check_finite(name, number)
+            check_bounded(name, number)
 
     def build(self) -> NFT:
         """The NFT objective."""

@@ -13,7 +13,7 @@ _SAID = {
     "weights": "weights of the denoiser",
     "text_encoders": "text encoders",
     "vae": "VAE",
-    "adapters": "adapters (policy, old, sampler)",
+    "adapters": "adapters of policy and snapshots",
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "gathered": "gathered weights",
