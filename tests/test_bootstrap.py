@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crd.errors import CRDError
-from crd.metrics.bootstrap import Interval, bca_interval, bootstrap_mean, paired_difference
+from crd.metrics.bootstrap import Interval, _resampled_means, bca_interval, bootstrap_mean, paired_difference
 
 DATA_SETS = 1000
 NAN = math.nan
@@ -289,3 +289,14 @@ def test_wrong_means_are_told() -> None:
     for means in (np.zeros(3), np.zeros((0, 2)), np.array([[1.0], [NAN]])):
         with pytest.raises(CRDError, match=r"means must be \(P, C\) finite numbers"):
             bca_interval(means)
+
+
+@pytest.mark.parametrize(("prompts", "resamples"), [(40, 500), (1200, 1000)])
+def test_resampled_means_are_those_of_one_draw_at_a_time(prompts: int, resamples: int) -> None:
+    """In one part and in several, the first time and again."""
+    deviation = np.random.default_rng(5).normal(size=(prompts, 2))
+    rng = np.random.default_rng(3)
+    wanted = np.stack([deviation[rng.integers(prompts, size=prompts)].mean(axis=0) for _ in range(resamples)])
+    for _ in range(2):
+        np.testing.assert_allclose(_resampled_means(deviation, resamples, 3), wanted, atol=1e-12)
+    assert not np.allclose(_resampled_means(deviation, resamples, 4), wanted)

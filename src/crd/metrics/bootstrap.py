@@ -8,7 +8,9 @@ resample of P prompts is a resample of their P means.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -191,17 +193,31 @@ def _prompt_means(values: np.ndarray, prompt_id: np.ndarray) -> np.ndarray:
 
 def _resampled_means(deviation: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means (resamples, C) of P rows drawn with replacement out of deviation (P, C)."""
-    rng = np.random.default_rng(seed)
     prompts = len(deviation)
+    few = resamples * prompts <= _DRAWS_AT_ONCE
+    drawn = [_few_counts(prompts, resamples, seed)] if few else _counts(prompts, resamples, seed)
+    return np.concatenate([counts @ deviation / prompts for counts in drawn])
+
+
+def _counts(prompts: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of P prompts is in each resample, (R, P) float64, in parts of some rows.
+
+    Counts turn the means of all columns into one matrix product.
+    """
+    rng = np.random.default_rng(seed)
     step = max(1, _DRAWS_AT_ONCE // prompts)
-    means = []
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         draws = rng.integers(prompts, size=(rows, prompts)) + prompts * np.arange(rows)[:, None]
-        # How often each prompt was drawn turns the means of all columns into one matrix product.
-        counts = np.bincount(draws.ravel(), minlength=rows * prompts).reshape(rows, prompts)
-        means.append(counts.astype(np.float64) @ deviation / prompts)
-    return np.concatenate(means)
+        yield np.bincount(draws.ravel(), minlength=rows * prompts).reshape(rows, prompts).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _few_counts(prompts: int, resamples: int, seed: int) -> np.ndarray:
+    """`_counts` in one part. Kept, since every score of every evaluation of a run asks for the same."""
+    (counts,) = _counts(prompts, resamples, seed)
+    counts.setflags(write=False)
+    return counts
 
 
 def _bca_level(deviation: np.ndarray, shifts: np.ndarray, z: float) -> np.ndarray:
@@ -232,6 +248,7 @@ def _quantile(ordered: np.ndarray, level: np.ndarray) -> np.ndarray:
     return ordered[lower, column] * (1 - share) + ordered[lower + 1, column] * share
 
 
+@lru_cache(maxsize=64)
 def _student_quantile(probability: float, freedom: int) -> float:
     """Quantile of Student's t above its median, without scipy.
 
