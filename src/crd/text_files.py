@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from crd.errors import CRDError
+from crd.errors import CRDError, told_of
+
+T = TypeVar("T")
 
 
 def read_text(path: Path, kind: str, missing: str) -> str:
@@ -68,16 +70,17 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_settings(path: Path, kind: str, missing: str) -> dict[str, Any]:
-    """The `key: value` lines of a YAML file; arguments as `read_text`.
+def read_settings(path: Path, kind: str, missing: str, build: Callable[[Mapping[Any, Any]], T]) -> T:
+    """What `build` makes of the `key: value` lines of a YAML file; other arguments as `read_text`.
 
     Raises:
-        CRDError: as `read_text`, or it holds something else.
+        CRDError: as `read_text`, it holds something else, or the complaint of `build`, which names the file.
     """
     values = parse_yaml(read_text(path, kind, missing), path)
     if not isinstance(values, dict):
         raise CRDError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
-    return values
+    with told_of(str(path)):
+        return build(values)
 
 
 def known_fields(values: Mapping[Any, Any], kind: type, what: str) -> dict[str, Any]:

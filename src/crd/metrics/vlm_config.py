@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crd.errors import CRDError, told_of
+from crd.errors import CRDError
 from crd.setting_checks import check_count, check_number, check_secret, check_text, http_url
 from crd.text_files import known_fields, read_settings
 
@@ -93,9 +93,7 @@ def vlm_config(source: str | None) -> VLMJudgeConfig:
         return VLMJudgeConfig(base_url=_from_environment(BASE_URL_ENV), model=_from_environment(MODEL_ENV))
     path = Path(source)
     missing = f"no VLM judge settings at {path}; give a .yaml file with base_url and model"
-    values = read_settings(path, "VLM judge settings", missing)
-    with told_of(str(path)):
-        return _from_fields(values)
+    return read_settings(path, "VLM judge settings", missing, _from_fields)
 
 
 def _from_fields(values: Mapping[Any, Any]) -> VLMJudgeConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from crd.errors import CRDError, told_of
+from crd.errors import CRDError
 from crd.serving.tokens import TOKEN_ENV, read_token
 from crd.serving.wire_images import ENCODINGS, Encoding
 from crd.setting_checks import check_count, check_number, check_text, http_url
@@ -71,9 +71,7 @@ def remote_config(source: str) -> RemoteConfig:
         return _from_fields({"servers": source.split("+")})
     path = Path(source)
     missing = f"no reward servers at {path}; give {_EXAMPLE}, several joined by +, or a .yaml file with `servers`"
-    values = read_settings(path, "settings of reward servers", missing)
-    with told_of(str(path)):
-        return _from_fields(values)
+    return read_settings(path, "settings of reward servers", missing, _from_fields)
 
 
 def _from_fields(values: Mapping[Any, Any]) -> RemoteConfig:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crd.errors import CRDError, told_of
+from crd.errors import CRDError
 from crd.geneval.detections import PUBLISHED, Thresholds
 from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, ColorClassifier, Detector
 from crd.geneval.detectors.config import JudgeConfig
@@ -60,7 +60,8 @@ def judge_settings(config: str | Mapping[str, Any] | JudgeConfig = "mask2former"
     elif isinstance(config, Mapping):
         settings = _from_fields(config)
     elif config.endswith((".yaml", ".yml")):
-        return _from_file(Path(config))
+        missing = f"no judge settings at {config}; give a .yaml file or one of {', '.join(DETECTORS)}"
+        return read_settings(Path(config), "judge", missing, judge_settings)
     else:
         settings = JudgeConfig(detector=config)
     judge_scope(settings)
@@ -99,13 +100,6 @@ def load_judge(config: str | Mapping[str, Any] | JudgeConfig = "mask2former", de
     detector: Detector = _detector_class(settings.detector).from_config(settings)
     colors = None if detector.gives_colors or settings.color_model is None else _clip(settings, settings.color_model)
     return GenEvalJudge(detector, colors, settings.thresholds or PUBLISHED, settings.paper_compat)
-
-
-def _from_file(path: Path) -> JudgeConfig:
-    missing = f"no judge settings at {path}; give a .yaml file or one of {', '.join(DETECTORS)}"
-    values = read_settings(path, "judge", missing)
-    with told_of(str(path)):
-        return judge_settings(values)
 
 
 def _from_fields(fields: Mapping[str, Any]) -> JudgeConfig:
