@@ -11,8 +11,6 @@ Resumable: the same command goes on from the last saved state. At the end the av
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,11 +19,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crd.memory import keep_freed_memory
 from crd.tiny.detector import FOLDER, save_detector, to_boxes
 from crd.tiny.detector_data import DISTURBANCES, IGNORED, Targets, disturb, draw_pictures, targets
 from crd.tiny.detector_networks import ARCHITECTURES, PARTS, build_network
-from crd.tiny.pretrain_state import State, log
+from crd.tiny.pretrain_state import State
+from crd.tiny.training_loop import run_training, training_options
 
 VAE = FOLDER.parent / "model" / "vae"
 # A picture has two or three centers among 3072 class cells.
@@ -33,19 +31,10 @@ CENTER_WEIGHT = 8.0
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m crd.tiny.train_detector", description=__doc__.splitlines()[0])
+    parser = training_options("crd.tiny.train_detector", __doc__.splitlines()[0], out=FOLDER, vae=VAE)
+    parser.set_defaults(images=150_000, batch=64, save_every=20_000)
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="conv")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the state and the log")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the weights")
-    parser.add_argument("--images", type=int, default=150_000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--disturbance", choices=tuple(DISTURBANCES), default="smooth")
-    parser.add_argument("--vae", type=Path, default=VAE, help="folder of the VAE that some of the pictures pass")
-    parser.add_argument("--save-every", type=int, default=20_000, help="images between two saved states")
-    parser.add_argument("--stop-at", type=int, help="interrupt after that many images")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
@@ -70,12 +59,10 @@ def train(args: argparse.Namespace) -> None:
     """Train until `--images`, and write the detector; an interrupted training writes none."""
     network = build_network(args.architecture, args.seed)
     vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32).eval().requires_grad_(False)
-    state = State(args.work, {"detector": network}, args.lr)
-    state.load()
-    started, images = time.time() - state.counters["seconds"], int(state.counters["images"])
-    how, running = DISTURBANCES[args.disturbance], {"class": 0.0, "box": 0.0, "color": 0.0}
+    state, how = State(args.work, {"detector": network}, args.lr), DISTURBANCES[args.disturbance]
     network.train()
-    while images < (args.stop_at or args.images):
+
+    def step(images: int) -> dict[str, float]:
         rng = np.random.default_rng((args.seed, 7, images))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + images)
         pictures, objects = draw_pictures(rng, args.batch)
@@ -85,28 +72,14 @@ def train(args: argparse.Namespace) -> None:
             predictions = network(pictures)
         losses = detector_loss(predictions, targets(objects, args.batch))
         torch.stack(list(losses.values())).sum().backward()
-        warm, cool = min(1.0, images / (200 * args.batch)), min(1.0, (args.images - images) / (0.6 * args.images))
-        state.step(args.lr * max(warm, 0.01) * cool)
-        images += args.batch
-        state.update_average(min(args.ema, 1 - 10 / (images / args.batch + 10)))
-        running = {name: 0.98 * running[name] + 0.02 * loss.item() for name, loss in losses.items()}
-        state.counters |= {"images": images, "seconds": time.time() - started}
-        if images % (args.batch * 100) < args.batch:
-            log(args.work, {**running, **state.counters})
-        if images % args.save_every < args.batch or images >= args.images:
-            state.save()
-    if images < args.images:
-        state.save()
-        return
-    state.swap_average()
-    save_detector(network, args.architecture, args.out)
+        return {name: loss.item() for name, loss in losses.items()}
+
+    if run_training(args, state, step, warm=200, cool=0.6):
+        save_detector(network, args.architecture, args.out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    args.work.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
-    train(args)
+    train(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural L
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +30,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crd.errors import CRDError
 from crd.geneval.metadata import COLORS
-from crd.memory import keep_freed_memory
 from crd.tiny.detector_data import Disturbance, Objects, disturb
 from crd.tiny.image_text import (
     CELLS,
@@ -60,6 +57,7 @@ from crd.tiny.subjects import (
     near_misses,
     random_subject,
 )
+from crd.tiny.training_loop import run_training, training_options
 from crd.tiny.vocabulary import LETTERS
 
 VAE = FOLDER.parent / "model" / "vae"
@@ -73,18 +71,9 @@ SOFT = Disturbance(vae=0.15, latent_noise=0.4, blur=0.3, noise=0.1, light=0.1, t
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m crd.tiny.train_image_text", description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the state and the log")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the weights")
-    parser.add_argument("--images", type=int, default=80_000)
-    parser.add_argument("--batch", type=int, default=32, help=f"pictures, in families of {FAMILY}")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--vae", type=Path, default=VAE, help="folder of the VAE that some of the pictures pass")
-    parser.add_argument("--save-every", type=int, default=10_000, help="images between two saved states")
+    parser = training_options("crd.tiny.train_image_text", __doc__.splitlines()[0], out=FOLDER, vae=VAE)
+    parser.set_defaults(images=80_000, batch=32, save_every=10_000)
     parser.add_argument("--eval-every", type=int, default=20_000, help="images between two measurements")
-    parser.add_argument("--stop-at", type=int, help="interrupt after that many images")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
@@ -206,10 +195,9 @@ def train(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         reader = Reader()
     state = State(args.work, {"model": model, "reader": reader}, args.lr)
-    state.load()
-    started, images, running = time.time() - state.counters["seconds"], int(state.counters["images"]), torch.zeros(4)
     model.train()
-    while images < (args.stop_at or args.images):
+
+    def step(images: int) -> dict[str, float]:
         rng = np.random.default_rng((args.seed, 11, images))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + images)
         pictures, marks, subjects = draw_families(rng, args.batch, images / args.images)
@@ -221,36 +209,23 @@ def train(args: argparse.Namespace) -> None:
             spelling, naming = reader.loss(features, table)
         loss = contrastive_loss(seen, told, model.scale, [meaning(subject) for subject in subjects])
         (loss + READING * reading + SPELLING * spelling + NAMING * naming).backward()
-        warm, cool = min(1.0, images / (100 * args.batch)), min(1.0, (args.images - images) / (0.5 * args.images))
-        state.step(args.lr * max(warm, 0.01) * cool)
-        images += args.batch
-        state.update_average(min(args.ema, 1 - 10 / (images / args.batch + 10)))
-        losses = torch.stack([loss, reading, spelling, naming]).detach()
-        running = 0.98 * running + 0.02 * losses if running.any() else losses
-        state.counters |= {"images": images, "seconds": time.time() - started}
-        if images % (args.batch * 100) < args.batch:
-            means = dict(zip(("loss", "reading", "spelling", "naming"), running.tolist(), strict=True))
-            log(args.work, {**means, "scale": model.scale.item(), **state.counters})
+        numbers = {"loss": loss, "reading": reading, "spelling": spelling, "naming": naming, "scale": model.scale}
+        return {name: number.item() for name, number in numbers.items()}
+
+    def measure(images: int) -> None:
         if images % args.eval_every < args.batch:
             state.swap_average()
             model.eval()
             log(args.work, {**retrieval(model, 192), **state.counters})
             model.train()
             state.swap_average()
-        if images % args.save_every < args.batch or images >= args.images:
-            state.save()
-    if images < args.images:
-        state.save()
-        return
-    state.swap_average()
-    save_image_text(model, args.out)
+
+    if run_training(args, state, step, warm=100, cool=0.5, after=measure):
+        save_image_text(model, args.out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    args.work.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
-    train(args)
+    train(parse_arguments(argv))
 
 
 if __name__ == "__main__":
