@@ -315,9 +315,11 @@ def test_a_killed_process_ends_the_other_within_a_minute(config: CRDConfig, tmp_
 
 def test_what_is_wrong_everywhere_is_told_once(config: CRDConfig, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(config.to_yaml())
+    longer = ["--rewards", "remote=http://127.0.0.1:1#color_code", "--peer_timeout", "200"]
     for name, argv, message in (
         ("before", ["nowhere.yaml"], "crd: no configuration at nowhere.yaml"),
         ("after", [str(tmp_path / "run.yaml"), "--model", "/nowhere"], "crd: no model at"),
+        ("waits", [str(tmp_path / "run.yaml"), *longer], "crd: reward 'color_code' may wait 300 s for its server, and"),
     ):
         first, second = run_gang(2, tmp_path / name, train, argv, {})
         assert (first.status, second.status) == (2, 2)

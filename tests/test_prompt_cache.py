@@ -79,3 +79,21 @@ def test_parked_encoders_still_encode() -> None:
     backbone.park_encoders()
     after = encode_prompts(backbone, engine, PROMPTS, *SIZE)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_nothing_needs_the_encoders_once_they_are_parked(config: CRDConfig) -> None:
+    """Other steps in evaluation than in rollouts are another grid, which a stock pipeline lays out with a prompt."""
+    trainer = CRDTrainer(args=replace(config, cache_prompts=True, eval_steps=3, updates=1))
+    park, used = trainer.backbone.park_encoders, []
+
+    def parked() -> None:
+        park()
+        for name, component in trainer.backbone.pipeline.components.items():
+            if name.startswith("text_encoder") and isinstance(component, torch.nn.Module):
+                component.register_forward_pre_hook(lambda *_, name=name: used.append(name))
+
+    trainer.backbone.park_encoders = parked  # type: ignore[method-assign]
+    trainer.train()
+    assert used == []
+    trainer.backbone.encode(["another"])
+    assert used != []  # the hooks do see a call

@@ -24,6 +24,7 @@ from crd.errors import CRDError, ServiceError
 from crd.metrics.held_out import HeldOutScores
 from crd.rewards import RewardSet
 from crd.rewards.remote import RemoteReward
+from crd.run_parts import load_judged
 from crd.serving.announcement import Limits, ServerInfo
 from crd.serving.remote_config import remote_config
 from crd.tracker import read_metrics
@@ -546,3 +547,24 @@ def test_training_whose_server_dies_saves_stops_and_goes_on(
     ]
     assert rewards[0] == rewards[1]
     assert len(rewards[0]) == 2
+
+
+def test_servers_are_not_waited_for_longer_than_processes_wait_for_each_other(
+    remote: Callable[..., RemoteReward], tmp_path: Path, prompt_file: Path
+) -> None:
+    reward = remote("http://127.0.0.1:1", wait_s=600)
+    for patience in (600.0, 30.0):
+        with pytest.raises(CRDError, match=r"may wait 600 s .* lower its wait_s, or raise peer_timeout"):
+            RewardSet([reward], patience=patience)
+        with pytest.raises(CRDError, match=f"give up after peer_timeout={patience:g} s"):
+            HeldOutScores([reward], load_prompts(["a"]), patience)
+    assert RewardSet([reward], patience=601.0).rewards
+    # Before any server is waited for; in one process nobody waits.
+    config = CRDConfig(
+        rewards=(f"remote={tmp_path / 'servers.yaml'}#color_code",), prompts=str(prompt_file), peer_timeout=60.0
+    )
+    with pytest.raises(CRDError, match="give up after peer_timeout=60 s"):
+        load_judged(config, processes=2)
+    remote("http://127.0.0.1:1", wait_s=0)
+    with pytest.raises(CRDError, match="no reward server answers"):
+        load_judged(config, processes=2)

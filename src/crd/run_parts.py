@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,14 @@ def load_parts(
     reward_funcs: Rewards | None,
     train_dataset: Prompts | None,
     eval_dataset: Prompts | None,
+    processes: int = 1,
 ) -> RunParts:
     """Load and check; an argument that is not None takes the place of its setting.
 
     Raises:
         CRDError: anything the user can mend.
     """
-    judged = load_judged(config, reward_funcs, train_dataset, eval_dataset)
+    judged = load_judged(config, reward_funcs, train_dataset, eval_dataset, processes)
     for scorers in (judged.rewards, judged.held_out):
         scorers.use_device(str(device))
     backbone = training_backbone(config.model if model is None else model, config, device)
@@ -69,7 +71,11 @@ def load_parts(
     snapshots = build_snapshots(backbone, config, trained_roles(config))
     if config.compile == "regional":
         compile_blocks(backbone, snapshots)
-    return RunParts(**judged.__dict__, backbone=backbone, snapshots=snapshots, sigmas=_sigmas(backbone, config))
+    sigmas = _sigmas(backbone, config)
+    if judged.eval_data is not None:
+        # Kept by the backbone: recorded later, it would bring parked text encoders back.
+        backbone.grid(config.eval_steps, config.height, config.width, config.solver)
+    return RunParts(**judged.__dict__, backbone=backbone, snapshots=snapshots, sigmas=sigmas)
 
 
 def load_judged(
@@ -77,6 +83,7 @@ def load_judged(
     reward_funcs: Rewards | None = None,
     train_dataset: Prompts | None = None,
     eval_dataset: Prompts | None = None,
+    processes: int = 1,
 ) -> Judged:
     """The part of `load_parts` that needs no model.
 
@@ -84,7 +91,8 @@ def load_judged(
         CRDError: anything the user can mend.
     """
     funcs = config.rewards if reward_funcs is None else reward_funcs
-    rewards = RewardSet([funcs] if isinstance(funcs, str) or callable(funcs) else funcs, config.reward_weights)
+    patience = config.peer_timeout if processes > 1 else math.inf
+    rewards = RewardSet(funcs, config.reward_weights, patience=patience)
     train_data = judged_prompts("prompts", config.prompts if train_dataset is None else train_dataset, rewards)
     judged = config.eval_prompts if eval_dataset is None else eval_dataset
     eval_data = None if judged is None else judged_prompts("eval_prompts", judged, rewards)
@@ -92,7 +100,7 @@ def load_judged(
         raise CRDError("eval_base_guidance needs evaluation prompts, got none; set eval_prompts, or leave it out")
     if config.alarm in ("stop", "raise_kl") and eval_data is None:
         raise CRDError(f"alarm={config.alarm} needs evaluation prompts, got none; set eval_prompts, or use warn")
-    return Judged(rewards, train_data, eval_data, HeldOutScores(config.held_out, eval_data))
+    return Judged(rewards, train_data, eval_data, HeldOutScores(config.held_out, eval_data, patience))
 
 
 def sampling_role(config: CRDConfig) -> str:

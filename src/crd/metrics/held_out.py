@@ -23,16 +23,20 @@ class HeldOutScores:
     Args:
         scorers: names, `NAME=SOURCE`, `module:function` strings or callables, as for rewards; may be empty.
         dataset: the evaluation prompts; None: no scorers.
+        patience: as of `RewardSet`.
 
     Raises:
-        CRDError: an unknown or repeated name, or a scorer that can judge none of the prompts.
+        CRDError: an unknown or repeated name, one that may wait too long, or a scorer that can judge none of the
+            prompts.
     """
 
-    def __init__(self, scorers: Sequence[str | RewardFunction], dataset: PromptDataset | None) -> None:
+    def __init__(
+        self, scorers: Sequence[str | RewardFunction], dataset: PromptDataset | None, patience: float = math.inf
+    ) -> None:
         if scorers and dataset is None:
             raise CRDError("held_out scorers need evaluation prompts, got none; set eval_prompts, or leave them out")
         self.dataset = dataset or PromptDataset((), {})
-        self.scorers = RewardSet(scorers, gaps=True) if scorers else None
+        self.scorers = RewardSet(scorers, gaps=True, patience=patience) if scorers else None
         self._judged = {}
         for reward in () if self.scorers is None else self.scorers.rewards:
             alone = RewardSet(reward.function, gaps=True)

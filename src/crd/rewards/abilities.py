@@ -44,3 +44,9 @@ class Named(Protocol):
 @runtime_checkable
 class GapLeaving(Protocol):
     leaves_gaps: bool
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    @property
+    def wait_s(self) -> float: ...

@@ -10,6 +10,7 @@ its signature names (all of them if it takes `**columns`). It returns B numbers,
 - `judge_name`: what it judges by; two rewards of one judge are no independent judges of each other;
 - `reward_name`: under which its scores are logged, where the name of its class does not tell;
 - `leaves_gaps`: if true, None may also stand for a score that failed. That is no basis for training;
+- `wait_s`: how many seconds a call may wait for something to be there, while other processes wait for it;
 - `use_device(device)`: called once the run's device is known, before `self_test`: "cpu", "cuda", "cuda:1";
 - `self_test()`: called before step 0; raises `CRDError` if the scorer is broken; may return sample scores,
   which must then differ.
@@ -39,6 +40,7 @@ from crd.rewards.abilities import (
     PromptChecking,
     Ranged,
     SelfTesting,
+    Waiting,
 )
 from crd.rewards.asked import own_columns, rows_asked
 from crd.rewards.registry import resolve, reward_name, reward_path
@@ -78,10 +80,11 @@ class RewardSet:
                 one of them may stand alone.
         weights: one finite number per reward; None = 1 each. A weight of 0 logs a reward, no more.
         gaps: whether a reward with a weight may answer None for scores that failed; not if it is trained on.
+        patience: s after which those that wait for the scores give up.
 
     Raises:
         CRDError: unknown name, repeated name, wrong number of weights, all weights 0, a callable that cannot take
-            `(images, prompts)`, or one that leaves gaps where there may be none.
+            `(images, prompts)`, one that leaves gaps where there may be none, or may wait as long as the patience.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class RewardSet:
         weights: Sequence[float] | None = None,
         *,
         gaps: bool = False,
+        patience: float = math.inf,
     ) -> None:
         if isinstance(functions, str) or callable(functions):
             functions = [functions]
@@ -105,6 +109,10 @@ class RewardSet:
         for reward in self.rewards:
             if reward.weight != 0 and not gaps and isinstance(reward.function, GapLeaving):
                 _refuse_gaps(reward.name, reward.function)
+            if isinstance(reward.function, Waiting) and reward.function.wait_s >= patience:
+                raise CRDError(f"reward {reward.name!r} may wait {reward.function.wait_s:g} s for its server, and the "
+                               f"other processes give up after peer_timeout={patience:g} s; lower its wait_s, or raise "
+                               "peer_timeout above it")  # fmt: skip
         names = [reward.name for reward in self.rewards]
         for name in names:
             if names.count(name) > 1:

@@ -96,6 +96,11 @@ class RemoteReward:
                 console.print(f"{server.client.url} serves {', '.join(names)}", markup=False, highlight=False)
 
     @property
+    def wait_s(self) -> float:
+        """Seconds that a call may wait for a server."""
+        return self.config.wait_s
+
+    @property
     def judge_name(self) -> str:
         """What the servers' reward judges by; its own name if it does not say."""
         return self._announced()[0].judge or self.reward_name
