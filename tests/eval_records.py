@@ -38,7 +38,8 @@ def record(
         return np.repeat(np.asarray(values, dtype=np.float64), images) + 0.01 * np.tile(np.arange(images), prompts)
 
     facts: dict[str, Any] = {
-        "role": "policy", "guidance": 1.0, "steps": 10, "seed": 0, "prompts": [f"prompt {n}" for n in range(prompts)],
+        "role": "policy", "guidance": 1.0, "steps": 10, "solver": "euler", "seed": 0,
+        "prompts": [f"prompt {n}" for n in range(prompts)],
         "protocol": PROTOCOL,
     }  # fmt: skip
     return EvalRecord(

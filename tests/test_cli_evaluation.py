@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import weakref
 from dataclasses import replace
@@ -13,10 +14,11 @@ import pytest
 from conftest import PROMPTS
 from test_cli import refused
 
-from crd import evaluation_commands
+from crd import cli, command_options
 from crd.cli import main
 from crd.comparison import differences, read_evaluations
 from crd.config import CRDConfig
+from crd.flow import SOLVERS
 from crd.loading import LoadedModel
 from crd.trainer import CRDTrainer
 
@@ -125,7 +127,7 @@ def test_compare_names_the_base_of_those_that_take_one(
     """And has one model in memory at a time, whichever follows it."""
     assert main(["export", str(finished_run), "--out", str(tmp_path / "lora")]) == 0
     loaded: list[weakref.ref[Any]] = []
-    load = evaluation_commands.load_model
+    load = command_options.load_model
 
     def watched_load(*arguments: Any, **options: Any) -> LoadedModel:
         assert all(earlier() is None for earlier in loaded)
@@ -135,7 +137,7 @@ def test_compare_names_the_base_of_those_that_take_one(
 
     targets = [str(finished_run), str(tmp_path / "lora"), str(model_folder)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_commands, "load_model", watched_load)
+        patch.setattr(command_options, "load_model", watched_load)
         found = compared([*targets, *scores, "--base", str(model_folder)], tmp_path / "bases.json")
     assert [one["model"] for one in found] == targets
     assert len(loaded) == 3
@@ -180,3 +182,123 @@ def test_compare_refuses(
         ([], "the following arguments are required: target"),
     ):
         assert message in refused(["compare", *(str(argument) for argument in arguments)], capsys)
+
+
+@pytest.fixture(scope="module")
+def particular_run(base_config: CRDConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with settings of its own wherever an evaluation has some."""
+    folder = tmp_path_factory.mktemp("particular") / "run"
+    config = replace(
+        base_config, output_dir=str(folder), updates=1, seed=7, solver="dpmsolver++", eval_steps=3, eval_images=2,
+        rewards=("reward_functions:brightness", "reward_functions:darkness"), reward_weights=(1.0, 0.25),
+        held_out=("reward_functions:bright_but_for_cats",), rollout_batch=4, vae_slicing=True,
+        learning_rate=0.3, alarm="off",
+    )  # fmt: skip
+    CRDTrainer(args=config).train()
+    return folder
+
+
+def test_eval_of_a_run_is_the_evaluation_of_the_run(
+    particular_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All numbers, and the way the networks run; options take the place of the run's settings."""
+    rows: list[int] = []
+    loaded: list[LoadedModel] = []
+    load = command_options.load_model
+
+    def watched_load(*arguments: Any, **options: Any) -> LoadedModel:
+        loaded.append(load(*arguments, **options))
+        loaded[-1].backbone.denoiser.register_forward_pre_hook(
+            lambda _module, _args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        return loaded[-1]
+
+    monkeypatch.setattr(command_options, "load_model", watched_load)
+    _, trained = json.loads(evaluated(particular_run, [], tmp_path / "own.json").read_text())
+    kept = json.loads((particular_run / "evaluations" / "update-000001.json").read_text())
+    assert trained["evaluation"] == {name: kept[name] for name in trained["evaluation"]}
+    assert (trained["solver"], trained["steps"], trained["images"]) == ("dpmsolver++", 3, 6)
+    assert rows[0] == 4
+    assert loaded[0].backbone.pipeline.vae.use_slicing
+    # Given options count.
+    rows.clear()
+    given = ["--solver", "euler", "--batch", "3", "--no-vae-slicing", *REWARD]
+    _, other = json.loads(evaluated(particular_run, given, tmp_path / "given.json").read_text())
+    assert (other["solver"], rows[0]) == ("euler", 3)
+    assert not loaded[1].backbone.pipeline.vae.use_slicing
+    assert list(other["evaluation"]["scores"]) == ["reward", "reward_brightness"]  # the run's judges are left out
+    assert other["evaluation"]["scores"]["reward"] != trained["evaluation"]["scores"]["reward_brightness"]
+
+
+def test_the_attention_backend_is_that_of_the_run(
+    particular_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model without any refuses each; one that a run cannot have had shows that the run's is taken."""
+    told = "SD3Transformer2DModel has no attention backends in diffusers, got attention_backend=native"
+    assert told in refused(["eval", str(particular_run), "--attention-backend", "native"], capsys)
+    run = tmp_path / "run"
+    shutil.copytree(particular_run, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("attention_backend: null", "attention_backend: native"))
+    assert told in refused(["eval", str(run)], capsys)
+    assert told in refused(["sample", str(run), "--prompt", "a", "--out", str(tmp_path / "a.png")], capsys)
+    assert main(["export", str(run), "--out", str(tmp_path / "lora")]) == 0  # runs nothing
+
+
+def test_compare_takes_solver_and_judges_of_the_first_run(
+    particular_run: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compared([str(model_folder), str(particular_run)], tmp_path / "a.json")
+    assert [(one["solver"], one["images"]) for one in found] == [("dpmsolver++", 6)] * 2
+    assert list(found[0]["evaluation"]["protocol"]["weights"].values()) == [1.0, 0.25]
+    # A file decides how the others are drawn, and a solver of another is remarked on.
+    multistep = evaluated(particular_run, [], tmp_path / "multistep.json")
+    plain = evaluated(particular_run, ["--solver", "euler"], tmp_path / "plain.json")
+    mixed = compared([str(plain), str(particular_run)], tmp_path / "mixed.json")
+    assert [one["solver"] for one in mixed] == ["euler"] * 3
+    capsys.readouterr()
+    compared([str(plain), str(multistep)], tmp_path / "both.json")
+    assert "the differences are also those of the solver" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_that_does_not_say_how_to_evaluate(
+    config: CRDConfig, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CRDTrainer(args=replace(config, eval_prompts=None, updates=1), reward_funcs=lambda images, prompts: [0.5, 0.25] * (
+        len(images) // 2)).train()  # fmt: skip
+    run = ["eval", config.output_dir]
+    assert "it got an object in Python; give --reward" in refused(run, capsys)
+    assert "the run was not evaluated, so it does not say on what; give --prompts" in refused([*run, *REWARD], capsys)
+    wrong = [*run, *REWARD, "--prompts", str(prompt_file), "--attention-backend", "nonsense"]
+    assert "got attention_backend=nonsense" in refused(wrong, capsys)
+    assert "--solver: invalid choice: 'heun'" in refused([*run, "--solver", "heun"], capsys)
+
+
+def test_choices_of_the_command_line_are_those_of_the_configuration() -> None:
+    assert cli.SOLVERS == SOLVERS
+    for name in cli.COMPILE:
+        assert CRDConfig(compile=name).compile == name
+
+
+def test_the_distance_to_renderings_of_the_bundled_world(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--steps", "1", *REWARD]
+    file = evaluated(
+        "tiny-sd3", [*few, "--prompts", "scenes:test:49", "--images", "2", "--frechet"], tmp_path / "f.json"
+    )
+    (found,) = json.loads(file.read_text())
+    drift = found["evaluation"]["model"]
+    assert drift["frechet_to_renderings"] > 2 * drift["frechet_floor"] > 0
+    assert "frechet_to_renderings" in capsys.readouterr().out
+    (line,) = read_evaluations(file)
+    assert line.record.drift == drift
+    for arguments, told in (
+        (["tiny-sd3", "--prompts", "scenes:test:96"], "needs more images than that, got 96; evaluate more prompts or"),
+        (["tiny-sd3", "--prompts", "geneval:test:120"], "--frechet: prompt"),
+        ([str(model_folder), "--prompts", "scenes:test:97"], "pictures of 64 x 64 px, got 16 x 16; leave it out"),
+        (["tiny-sd3", "--benchmark", "geneval"], "--frechet is not for --benchmark"),
+    ):
+        own = [] if "--benchmark" in arguments else few
+        assert told in refused(["eval", *arguments, *own, "--frechet"], capsys), arguments
+    assert "--frechet is for models to evaluate" in refused(["compare", str(file), str(file), "--frechet"], capsys)

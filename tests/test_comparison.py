@@ -111,10 +111,14 @@ def test_what_else_differs_is_said(first: EvalRecord, second: EvalRecord) -> Non
     assert remarks([Line("a", first), longer]) == [
         "b, CFG 1 was drawn in 40 steps and a, CFG 1 in 10: the differences are also those of the steps"
     ]
+    multistep = Line("b", replace(second, solver="dpmsolver++"))
+    assert remarks([Line("a", first), multistep]) == [
+        "b, CFG 1 was drawn by dpmsolver++ and a, CFG 1 by euler: the differences are also those of the solver"
+    ]
     unguided = Line("b", replace(second, protocol=replace(PROTOCOL, anchor_guidance=1.0)))
     (told,) = remarks([Line("a", first), unguided])
     assert "kl_to_anchor" in told
-    assert "kl_to_anchor 0.100 -" in shown(comparison_table([Line("a", first), unguided]))
+    assert "kl_to_anchor 0.1000 -" in shown(comparison_table([Line("a", first), unguided]))
 
 
 def test_no_shared_image_is_no_difference(first: EvalRecord, second: EvalRecord) -> None:
@@ -128,9 +132,10 @@ def test_table(first: EvalRecord, second: EvalRecord) -> None:
     assert lines[0] == "mean [95% interval over prompts]"
     assert "base, CFG 1 runs/[a], CFG 4.5" in lines[2]
     assert "images 64 64" in lines
+    assert "drawn in 10 steps, euler 10 steps, euler" in lines
     assert any(line.startswith("reward 0.505 [0.") for line in lines)  # spread 0.5, images 0.01 apart
     assert any(line.startswith("reward_more - 0.100 [") for line in lines)
-    assert "kl_to_anchor 0.100 0.150" in lines
+    assert "kl_to_anchor 0.1000 0.1500" in lines
     assert not any("held_out_none" in line or "nan" in line for line in lines)
 
 
@@ -141,7 +146,7 @@ def test_comparison_table(first: EvalRecord, second: EvalRecord) -> None:
     assert reward.startswith("reward 0.505 [0.")
     assert "+0.100 [+0.09" in reward
     assert any(line.startswith(f"{HELD_OUT} ") and "-0.050" in line for line in lines)
-    assert "velocity_norm 1.000 -0.250" in lines
+    assert "velocity_norm 1.0000 -0.2500" in lines
     # All prompts alike: no interval, and nothing to write in bold.
     assert any(line.startswith("stat_brightness 0.405 [") and line.endswith(" +0.000") for line in lines)
     by_name = dict(zip(found.columns[0].cells, found.columns[2].cells, strict=True))
@@ -153,7 +158,7 @@ def test_models_of_which_one_has_no_drift(first: EvalRecord, second: EvalRecord)
     lines = shown(comparison_table([Line("a", replace(first, drift={})), Line("b", second)]))
     assert not any(line.startswith("kl_to_anchor") for line in lines)
     lines = shown(comparison_table([Line("a", first), Line("b", replace(second, drift={}))]))
-    assert "kl_to_anchor 0.100 -" in lines
+    assert "kl_to_anchor 0.1000 -" in lines
 
 
 def test_json_and_back(first: EvalRecord, second: EvalRecord, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def example() -> EvalRecord:
 
 
 def assert_equal(got: EvalRecord, wanted: EvalRecord) -> None:
-    facts = ("role", "guidance", "steps", "seed", "prompts", "protocol")
+    facts = ("role", "guidance", "steps", "solver", "seed", "prompts", "protocol")
     assert [getattr(got, name) for name in facts] == [getattr(wanted, name) for name in facts]
     assert got.prompt_id.dtype == np.int64
     for mine, theirs in ((got.scores, wanted.scores), (got.statistics, wanted.statistics)):
@@ -66,6 +66,12 @@ def test_a_record_that_does_not_say_how_it_was_measured(example: EvalRecord) -> 
     assert_equal(parse_record(JsonObject(content, "x")), without)
     del content["protocol"]  # older files
     assert_equal(parse_record(JsonObject(content, "x")), without)
+
+
+def test_a_record_that_does_not_name_its_solver_is_of_euler(example: EvalRecord) -> None:
+    content = replace(example, solver="dpmsolver++").to_dict()
+    assert parse_record(JsonObject(content, "x")).solver == content.pop("solver") == "dpmsolver++"
+    assert parse_record(JsonObject(content, "x")).solver == "euler"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (lambda content: content.pop("model"), "has no 'model'"),
         (edit(guidance=None), "guidance must be a finite number, got None"),
         (edit(steps="many"), "steps must be an integer of at least 1, got 'many'"),
+        (edit(solver="heun"), "solver must be one of euler, dpmsolver++, got 'heun'"),
         (edit(scores=[1.0]), "scores must be an object"),
         (edit(scores={"reward": [1.0]}), "reward must hold 4 numbers, got 1"),
         (edit(scores={"reward": ["good"] * 4}), "reward must be a list of numbers or null"),

@@ -19,6 +19,7 @@ from crd.backbones import load_backbone
 from crd.config import CRDConfig
 from crd.config_io import load_config
 from crd.errors import CRDError
+from crd.eval_record import read_record
 from crd.export import LORA_FILE
 from crd.loading import load_model
 from crd.snapshots import ANCHOR, SAMPLER
@@ -263,10 +264,28 @@ def test_the_run_folder_holds_all_there_is_to_know(config: CRDConfig) -> None:
     assert {"reward_before", "reward_after", "reward_base_cfg", "steps", "seconds", "images"} <= set(summary)
     assert summary["reward_before"] == held_out[0]["reward"]
     assert summary["reward_after"] == held_out[-1]["reward"]
+    assert summary["reward_anchor"] == read_record(run / "evaluations" / "base-cfg-4.5.json").metrics()["reward"]
     assert not list(run.rglob("*.tmp"))
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["reward"] == max(record["reward"] for record in held_out[1:])
     assert (run / "checkpoints" / f"update-{best['update']:06d}" / "state.json").is_file()
+    assert (summary["best_update"], summary["reward_best"]) == (best["update"], best["reward"])
+
+
+def test_the_summary_has_the_held_out_scores(config: CRDConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    watched = replace(config, held_out=("reward_functions:darkness",), eval_base_guidance=(3.0,), updates=1)
+    summary = CRDTrainer(args=watched).train()
+    before, after = read_metrics(Path(config.output_dir), "eval")
+    assert summary["held_out_darkness_before"] == before["held_out_darkness"]
+    assert summary["held_out_darkness_after"] == after["held_out_darkness"]
+    for moment in ("before", "after", "anchor", "base_cfg"):
+        total = summary[f"reward_{moment}"] + summary[f"held_out_darkness_{moment}"]
+        assert total == pytest.approx(1.0, abs=1e-5)  # darkness is what brightness leaves
+    # The best is an evaluation in which no held-out score fell, so there may be none.
+    assert ("held_out_darkness_best" in summary) == ("best_update" in summary)
+    printed = capsys.readouterr().out
+    assert "held_out_darkness" in printed
+    assert "base, CFG 3" in printed
 
 
 def test_before_training_policy_and_anchor_are_one_model(config: CRDConfig) -> None:

@@ -25,6 +25,7 @@ from crd.config import CRDConfig
 from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.eval_record import EvalRecord, read_record
+from crd.evaluation import EvalResult, Evaluator
 from crd.evaluation_files import EvaluationFiles
 from crd.report import write_report
 from crd.snapshots import ANCHOR
@@ -318,6 +319,37 @@ def test_raise_kl_doubles_the_strengths_up_to_eight(hacking: CRDConfig, tmp_path
     assert resumed.progress.kl_scale == KL_SCALE_MAX
     assert resumed.objective.config.kl_max == KL_SCALE_MAX * raising.kl_max  # type: ignore[attr-defined]
     assert resumed.objective.config.kl_min == KL_SCALE_MAX * raising.kl_min  # type: ignore[attr-defined]
+
+
+def test_evaluations_drawn_otherwise_are_not_gone_on_from(hacking: CRDConfig, watched: Path, tmp_path: Path) -> None:
+    for change in ({"solver": "dpmsolver++"}, {"steps": 3}):
+        run = tmp_path / "-".join(change)
+        shutil.copytree(watched, run)
+        path = run / "evaluations" / "update-000001.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(CRDError, match=r"drawn in \d steps of \S+, this run draws in 2 of euler; set it back"):
+            CRDTrainer(args=replace(hacking, output_dir=str(run))).train(resume=True)
+
+
+def test_the_base_model_is_drawn_once_where_policy_and_anchor_have_one_scale(
+    hacking: CRDConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    evaluate = Evaluator.__call__
+
+    def counted(self: Evaluator, role: str, guidance: float | None = None) -> EvalResult:
+        drawn.append(role)
+        return evaluate(self, role, guidance)
+
+    monkeypatch.setattr(Evaluator, "__call__", counted)
+    unguided = replace(hacking, anchor_guidance=1.0, eval_base_guidance=(1.0,), updates=1, output_dir=str(tmp_path))
+    trainer = CRDTrainer(args=unguided)
+    trainer.train()
+    assert drawn == ["policy", "policy"]
+    base = read_record(tmp_path / "evaluations" / "base-cfg-1.json")
+    assert base.to_dict() == trainer.evaluate(ANCHOR, 1.0).record.to_dict()
+    pictures = [tmp_path / "evaluations" / f"{name}.webp" for name in ("base-cfg-1", "update-000000")]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def test_a_checkpoint_without_a_scale_is_of_unraised_strengths(hacking: CRDConfig, tmp_path: Path) -> None:

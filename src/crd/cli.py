@@ -17,6 +17,10 @@ from typing import NoReturn
 from crd.console import errors
 from crd.errors import CRDError, PeerFailedError, PeerLostError
 
+# Written again here, since what defines them imports torch.
+SOLVERS = ("euler", "dpmsolver++")
+COMPILE = ("no", "regional")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -241,11 +245,16 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_scores(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", help=".txt, .jsonl, world:test:N, scenes:test:N or geneval:test")
-    parser.add_argument("--reward", action="append", default=None, help="may be repeated; default ocr")
+    parser.add_argument("--prompts", help=".txt, .jsonl, world:test:N, scenes:test:N or geneval:test (default: the "
+                        "run's eval_prompts, else world:test:256)")  # fmt: skip
+    parser.add_argument("--reward", action="append", default=None, help="may be repeated, weighs 1 (default: the "
+                        "run's rewards, weights and held-out scorers, else ocr)")  # fmt: skip
     parser.add_argument("--held-out", action="append", default=None, metavar="SCORER",
                         help="further scorers, each for the prompts it can judge; may be repeated")  # fmt: skip
-    parser.add_argument("--images", type=_positive, help="images per prompt (default 1, of a benchmark 4)")
+    parser.add_argument("--frechet", action="store_true", default=None,
+                        help="of the bundled world: distance of the pictures to renderings of the prompts")  # fmt: skip
+    parser.add_argument("--images", type=_positive, help="images per prompt (default: the run's eval_images, else 1; "
+                        "of a benchmark 4)")  # fmt: skip
     parser.add_argument("--out", help="write the result as JSON")
 
 
@@ -259,12 +268,20 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=_positive, default=None, help="sampling steps (default: the run's eval_steps, else 40)"
     )
+    parser.add_argument("--solver", choices=SOLVERS, default=None, help="(default: the run's, else euler)")
     parser.add_argument(
-        "--guidance", type=float, action="append", default=None, help="CFG scale; may be repeated (default 1)"
-    )
+        "--guidance", type=float, action="append", default=None,
+        help="CFG scale; may be repeated (default: 1, no CFG; of a model that takes the scale as an input: the run's "
+        "rollout_guidance, else that of its pipeline)",
+    )  # fmt: skip
     for side in ("--height", "--width"):
         parser.add_argument(side, type=_positive, default=None, help="px (default: the run's own, else the model's)")
-    parser.add_argument("--batch", type=_positive, default=32, help="images per denoiser call")
+    parser.add_argument("--batch", type=_positive, help="images per denoiser call (default: the run's rollout_batch, "
+                        "else 32)")  # fmt: skip
+    parser.add_argument("--vae-slicing", action=argparse.BooleanOptionalAction, default=None,
+                        help="decode one picture at a time (default: as the run)")  # fmt: skip
+    parser.add_argument("--attention-backend", metavar="NAME", help="of diffusers (default: the run's, else its own)")
+    parser.add_argument("--compile", choices=COMPILE, help="(default: as the run)")
     parser.add_argument("--seed", type=int, default=None, help="of the noise (default: the run's seed, else 0)")
 
 

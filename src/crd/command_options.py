@@ -1,8 +1,12 @@
-"""What several commands make of their arguments: engine, model, how images are drawn, the file to write."""
+"""What several commands make of their arguments: engine, model, how images are drawn, the file to write.
+
+What is not given is that of the run, so that a run is judged on the images that its own evaluation drew.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from crd.config import CRDConfig
 from crd.engine import Engine
 from crd.errors import CRDError
 from crd.evaluation import SamplingSettings
+from crd.execution import compile_blocks, prepare_backbone
 from crd.loading import LoadedModel, load_model
 
 
@@ -36,17 +41,38 @@ def build_engine(args: argparse.Namespace, config: CRDConfig | None) -> Engine:
     return engine
 
 
-def load_target(args: argparse.Namespace, engine: Engine) -> LoadedModel:
-    """The model of a command that has one."""
-    return load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device))
+def load_to_draw(
+    args: argparse.Namespace, engine: Engine, target: str, base: str | None, checkpoint: str
+) -> LoadedModel:
+    """A model that runs as its run has it run; arguments as of `load_model`.
+
+    Raises:
+        CRDError: nothing usable there, or an attention backend that is not for this model or machine.
+    """
+    model = load_model(
+        target, base=base, checkpoint=checkpoint, device=str(engine.device),
+        prepare=lambda backbone, config: prepare_backbone(backbone, _execution(args, config)),
+    )  # fmt: skip
+    if _execution(args, model.config).compile == "regional":
+        compile_blocks(model.backbone, model.snapshots)
+    return model
+
+
+def _execution(args: argparse.Namespace, config: CRDConfig | None) -> CRDConfig:
+    """How networks are run: as given, else as in the run; there are no gradients to save memory of."""
+    named = {"rollout_batch": args.batch, "vae_slicing": args.vae_slicing, "compile": args.compile,
+             "attention_backend": args.attention_backend}  # fmt: skip
+    given = {name: value for name, value in named.items() if value is not None}
+    return dataclasses.replace(config or CRDConfig(), gradient_checkpointing=False, **given)
 
 
 def sampling_settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> SamplingSettings:
     """As given, else as the run evaluates."""
-    config = model.config
-    steps = args.steps or (config.eval_steps if config is not None else CRDConfig.eval_steps)
-    solver = CRDConfig.solver if config is None else config.solver
-    return SamplingSettings(steps, guidance, args.batch, *image_size(args, model), solver)
+    config = _execution(args, model.config)
+    return SamplingSettings(
+        args.steps or config.eval_steps, guidance, config.rollout_batch, *image_size(args, model),
+        args.solver or config.solver,
+    )  # fmt: skip
 
 
 def guidance_scales(args: argparse.Namespace, model: LoadedModel) -> list[float]:
@@ -67,7 +93,7 @@ def image_size(args: argparse.Namespace, model: LoadedModel) -> tuple[int, int]:
 
 
 def noise_seed(args: argparse.Namespace, model: LoadedModel) -> int:
-    """Of the noise: a run is judged on the images that its own evaluation drew, unless told otherwise."""
+    """Of the noise: as given, else that of the run."""
     if args.seed is not None:
         return int(args.seed)
     return CRDConfig.seed if model.config is None else model.config.seed

@@ -17,7 +17,7 @@ from crd.command_options import (
     build_engine,
     guidance_scales,
     image_size,
-    load_target,
+    load_to_draw,
     noise_seed,
     sampling_settings,
     write_out,
@@ -30,7 +30,7 @@ from crd.errors import CRDError
 from crd.evaluation import EVAL_SEED, draw, encode_unconditional
 from crd.export import export_lora, export_pipeline
 from crd.grid import GridRow, draw_grid
-from crd.loading import checkpoint_number, is_run, run_config
+from crd.loading import checkpoint_number, is_run, load_model, run_config
 from crd.planning.plan import plan_run
 from crd.planning.show import plan_json, plan_table
 from crd.report import write_report
@@ -110,7 +110,7 @@ def sample(args: argparse.Namespace) -> None:
         raise CRDError(f"--out must be a picture such as samples.png, got {args.out!r}")
     dataset = load_prompts(args.prompts) if args.prompts else load_prompts(args.prompt)
     engine = build_engine(args, run_config(args.target))
-    model = load_target(args, engine)
+    model = load_to_draw(args, engine, args.target, args.base, args.checkpoint)
     batch = prompt_batch(dataset, range(len(dataset)), args.images, noise_seed(args, model), EVAL_SEED)
     scales = guidance_scales(args, model)
     base_scales = scales if args.base_guidance is None else [*scales, args.base_guidance]
@@ -138,7 +138,8 @@ def report(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """`crd export`: LoRA folder or merged pipeline."""
-    model = load_target(args, build_engine(args, run_config(args.target)))
+    engine = build_engine(args, run_config(args.target))
+    model = load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device))
     write = export_pipeline if args.merge else export_lora
     if model.role == ANCHOR and not args.merge:
         raise CRDError(f"{args.target} is a base model and has no LoRA; give a run, or --merge")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from crd.errors import CRDError
@@ -91,6 +91,9 @@ def remarks(lines: Sequence[Line]) -> list[str]:
         if line.record.steps != first.record.steps:
             found.append(f"{line.title} was drawn in {line.record.steps} steps and {first.title} in "
                          f"{first.record.steps}: the differences are also those of the steps")  # fmt: skip
+        if line.record.solver != first.record.solver:
+            found.append(f"{line.title} was drawn by {line.record.solver} and {first.title} by {first.record.solver}: "
+                         "the differences are also those of the solver")  # fmt: skip
         if not same_anchor(line.record, first.record):
             found.append(f"the kl_to_anchor of {line.title} and {first.title} are distances from the base model at "
                          "different guidance: their difference is left out")  # fmt: skip
@@ -113,6 +116,7 @@ def to_dict(line: Line) -> dict[str, Any]:
         "model": line.model,
         "guidance": record.guidance,
         "steps": record.steps,
+        "solver": record.solver,
         "images": len(record.prompt_id),
         "intervals": as_dict(intervals(record)),
         "evaluation": record.to_dict(),
@@ -159,13 +163,14 @@ def comparison_table(lines: Sequence[Line]) -> Table:
 def _table(
     lines: Sequence[Line], cells: Sequence[Mapping[str, Text]], drift: Sequence[Mapping[str, float]], title: str
 ) -> Table:
-    table = Table("", *(escape(line.title) for line in lines), title=title)
+    table = Table(Column(no_wrap=True), *(escape(line.title) for line in lines), title=title)
     images = [str(len(line.record.prompt_id)) for line in lines]
     table.add_row("images", *images)
+    table.add_row("drawn in", *(f"{line.record.steps} steps, {line.record.solver}" for line in lines))
     for name in dict.fromkeys(name for column in cells for name in column):
         table.add_row(name, *(column.get(name, Text("-")) for column in cells))
     for name in dict.fromkeys(name for column in drift for name in column):
-        table.add_row(name, *(f"{column[name]:.3f}" if name in column else "-" for column in drift))
+        table.add_row(name, *(f"{column[name]:.4f}" if name in column else "-" for column in drift))
     return table
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from crd.flow import EULER, SOLVERS
 from crd.json_files import JsonObject, read_object
 
 REWARD, HELD_OUT = "reward_", "held_out_"  # and the name of a scorer
@@ -52,6 +53,7 @@ class EvalRecord:
     role: str  # "policy", or "anchor" = the base model
     guidance: float
     steps: int
+    solver: str  # of the ODE that drew them
     seed: int
     prompts: list[str]  # P
     prompt_id: np.ndarray  # (B,) int64, into `prompts`
@@ -59,7 +61,7 @@ class EvalRecord:
     scores: Mapping[str, np.ndarray]  # "reward", "reward_NAME", "held_out_NAME" -> (B,) float64
     statistics: Mapping[str, np.ndarray]  # of pixels, name -> (B,) float64
     diversity: np.ndarray  # (P,) float64, NaN for a prompt of one image
-    drift: Mapping[str, float]  # of velocities: "kl_to_anchor", "velocity_norm"
+    drift: Mapping[str, float]  # of the model: "kl_to_anchor", "velocity_norm", and what was asked for besides
 
     def metrics(self) -> dict[str, float]:
         """Mean of everything where it applies; what applies nowhere is left out."""
@@ -89,6 +91,7 @@ class EvalRecord:
             "role": self.role,
             "guidance": self.guidance,
             "steps": self.steps,
+            "solver": self.solver,
             "seed": self.seed,
             "prompts": self.prompts,
             "prompt_index": self.prompt_id.tolist(),
@@ -129,6 +132,8 @@ def parse_record(found: JsonObject) -> EvalRecord:
         role=found.text("role"),
         guidance=found.real("guidance"),
         steps=found.integer("steps", 1),
+        # Files that do not say are older than the choice.
+        solver=found.one_of("solver", SOLVERS) if found.has("solver") else EULER,
         seed=found.integer("seed", None),
         prompts=prompts,
         prompt_id=prompt_id,

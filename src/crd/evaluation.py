@@ -207,6 +207,7 @@ class Evaluator:
             role=role,
             guidance=settings.guidance,
             steps=settings.steps,
+            solver=settings.solver,
             seed=self.seed,
             prompts=list(self.dataset.prompts),
             prompt_id=prompt_id.numpy(),

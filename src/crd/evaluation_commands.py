@@ -6,21 +6,18 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from crd.backbones.base import CFG, Backbone
 from crd.command_options import (
     build_engine,
     guidance_scales,
     image_size,
-    load_target,
+    load_to_draw,
     noise_seed,
-    plain_scale,
     sampling_settings,
     write_out,
 )
@@ -39,25 +36,19 @@ from crd.comparison import (
 )
 from crd.config import CRDConfig
 from crd.console import console
-from crd.data import PromptDataset, load_prompts, prompt_batch
-from crd.engine import Engine
+from crd.data import load_prompts, prompt_batch
 from crd.errors import CRDError
-from crd.evaluation import EVAL_SEED, Evaluator, draw, encode_unconditional
+from crd.evaluation import EVAL_SEED, draw, encode_unconditional
+from crd.evaluation_options import evaluator_of, judges_of
 from crd.geneval.benchmark import GenEvalSuite
 from crd.geneval.detectors import judge_settings
-from crd.loading import LoadedModel, base_name, check_target, is_run, judged_prompts, load_model, run_config, takes_base
-from crd.metrics.held_out import HeldOutScores
-from crd.rewards import RewardSet
+from crd.loading import LoadedModel, base_name, check_target, is_run, run_config, takes_base
 from crd.snapshots import ANCHOR
 
-
-@dataclass(frozen=True)
-class Judges:
-    """The prompts of an evaluation, and who judges their images."""
-
-    rewards: RewardSet
-    held_out: HeldOutScores
-    dataset: PromptDataset
+_OF_MODELS = (
+    "prompts", "reward", "held_out", "frechet", "images", "seed", "steps", "solver", "guidance", "height", "width",
+    "batch", "vae_slicing", "attention_backend", "compile",
+)  # fmt: skip
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -96,6 +87,8 @@ def _evaluate_models(
 ) -> dict[str, list[Line]]:
     """Evaluate models one after the other, all in the way that the first .json among the targets was, or the first run.
 
+    Rewards and prompts are those of the first run: a .json does not hold the columns of its prompts.
+
     Args:
         args: of the command.
         bases: target -> model under it, None = it says so itself.
@@ -104,18 +97,20 @@ def _evaluate_models(
     run = next((config for config in map(run_config, bases) if config is not None), None)
     args, anchor_guidance = _shared(args, kept, run)
     engine = build_engine(args, run)
-    judges = _judges(args, engine)
+    judges = judges_of(args, run, engine)
     found: dict[str, list[Line]] = {}
     for target, base in bases.items():
         checkpoint = args.checkpoint if is_run(Path(target)) else "last"
-        model = load_model(target, base=base, checkpoint=checkpoint, device=str(engine.device))
-        evaluator = _evaluator(args, model, judges, engine, anchor_guidance)
+        model = load_to_draw(args, engine, target, base, checkpoint)
+        evaluator = evaluator_of(args, model, judges, engine, anchor_guidance)
         # Before the time is spent on images that could not be compared.
         for known in [*kept, *(line for lines in found.values() for line in lines)][:1]:
             if not evaluator.draws(known.record):
                 raise CRDError(NO_PAIRS)
             check_protocol(known, target, evaluator.protocol)
-        found[target] = [Line(target, evaluator(model.role, scale).record) for scale in guidance_scales(args, model)]
+        found[target] = [
+            Line(target, judges.record(evaluator, model.role, scale)) for scale in guidance_scales(args, model)
+        ]
         del model, evaluator  # before the next model is loaded
     return found
 
@@ -123,17 +118,18 @@ def _evaluate_models(
 def _shared(
     args: argparse.Namespace, kept: Sequence[Line], run: CRDConfig | None
 ) -> tuple[argparse.Namespace, float | None]:
-    """The arguments with one noise and number of steps for all models, and the anchor's scale; None = each its own."""
+    """The arguments with one noise, steps and solver for all models, and the anchor's scale; None = each its own."""
     if kept:
         record = kept[0].record
-        seed, steps = record.seed, record.steps
+        shared = {"seed": record.seed, "steps": record.steps, "solver": record.solver,
+                  "images": len(record.prompt_id) // len(record.prompts)}  # fmt: skip
         anchor = None if record.protocol is None else record.protocol.anchor_guidance
     elif run is not None:
-        seed, steps, anchor = run.seed, run.eval_steps, run.anchor_guidance
+        shared, anchor = {"seed": run.seed, "steps": run.eval_steps, "solver": run.solver}, run.anchor_guidance
     else:
         return args, None
-    given = {"seed": seed if args.seed is None else args.seed, "steps": args.steps or steps}
-    return argparse.Namespace(**{**vars(args), **given}), anchor
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **shared, **given}), anchor
 
 
 def _show_comparison(lines: Sequence[Line], out: str | None) -> None:
@@ -150,8 +146,8 @@ def _show_comparison(lines: Sequence[Line], out: str | None) -> None:
 def _check_models(args: argparse.Namespace, models: Sequence[str]) -> dict[str, str | None]:
     """The base model to name for each target; each is there, and every option is for one of them at least."""
     if not models:
-        for name in ("prompts", "reward", "held_out", "images", "seed", "steps", "guidance", "height", "width"):
-            if vars(args)[name]:
+        for name in _OF_MODELS:
+            if vars(args)[name] is not None:
                 option = name.replace("_", "-")
                 raise CRDError(f"--{option} is for models to evaluate, got .json files alone; leave it out")
     if args.base is not None and not any(map(takes_base, models)):
@@ -168,42 +164,12 @@ def _evaluate_rewards(args: argparse.Namespace) -> list[Line]:
     if args.judge is not None:
         raise CRDError("--judge belongs to --benchmark geneval; add it, or leave --judge out")
     check_target(args.target, args.base, args.checkpoint)
-    engine = build_engine(args, run_config(args.target))
-    judges = _judges(args, engine)
-    model = load_target(args, engine)
-    evaluator = _evaluator(args, model, judges, engine, None)
-    return [Line(_name(args, role), evaluator(role, scale).record) for role, scale in _lines(args, model)]
-
-
-def _judges(args: argparse.Namespace, engine: Engine) -> Judges:
-    """Tested judges of `--reward` and `--held-out`, and the prompts of `--prompts`, which they can judge."""
-    rewards = RewardSet(args.reward or ["ocr"])
-    dataset = judged_prompts("--prompts", args.prompts or "world:test:256", rewards)
-    held_out = HeldOutScores(args.held_out or (), dataset)
-    for scorers in (rewards, held_out):
-        scorers.use_device(str(engine.device))
-        scorers.self_test()
-    return Judges(rewards, held_out, dataset)
-
-
-def _evaluator(
-    args: argparse.Namespace, model: LoadedModel, judges: Judges, engine: Engine, anchor_guidance: float | None
-) -> Evaluator:
-    """What measures a model; an anchor's scale of None is that of its run."""
-    if anchor_guidance is None:
-        anchor_guidance = _base_anchor(model.backbone) if model.config is None else model.config.anchor_guidance
-    model.backbone.check_scale(anchor_guidance)
-    return Evaluator(
-        model.backbone, model.snapshots, engine, judges.rewards, judges.held_out, judges.dataset,
-        sampling_settings(args, model, plain_scale(model)),
-        encode_unconditional(model.backbone, engine, *image_size(args, model)),
-        anchor_guidance=anchor_guidance, images_per_prompt=args.images or 1, seed=noise_seed(args, model),
-    )  # fmt: skip
-
-
-def _base_anchor(backbone: Backbone) -> float:
-    """Guidance of the base model that a model without a run is measured against: as pipelines draw it by default."""
-    return CRDConfig.anchor_guidance if backbone.guidance == CFG else backbone.stock_scale
+    run = run_config(args.target)
+    engine = build_engine(args, run)
+    judges = judges_of(args, run, engine)
+    model = load_to_draw(args, engine, args.target, args.base, args.checkpoint)
+    evaluator = evaluator_of(args, model, judges, engine, None)
+    return [Line(_name(args, role), judges.record(evaluator, role, scale)) for role, scale in _lines(args, model)]
 
 
 def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -212,13 +178,15 @@ def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise CRDError(f"--benchmark geneval has its own scores, got --reward {args.reward[0]} too; leave one out")
     if args.held_out:
         raise CRDError(f"--held-out is not for --benchmark, got {args.held_out[0]}; leave one out")
+    if args.frechet:
+        raise CRDError("--frechet is not for --benchmark, got both; leave one out")
     judge = args.judge or ("tiny" if base_name(args.target, args.base) == CRDConfig.model else "mask2former")
     bundled = judge_settings(judge).detector.startswith("tiny")
     prompts = args.prompts or ("scenes:test:240" if bundled else "geneval:test")
     dataset, engine = load_prompts(prompts), build_engine(args, run_config(args.target))
     suite = GenEvalSuite(dataset, judge, str(engine.device))
     suite.load()
-    model = load_target(args, engine)
+    model = load_to_draw(args, engine, args.target, args.base, args.checkpoint)
     suite.check_size(*image_size(args, model))
     batch = prompt_batch(dataset, range(len(dataset)), args.images or 4, noise_seed(args, model), EVAL_SEED)
     uncond = encode_unconditional(model.backbone, engine, *image_size(args, model))
@@ -229,7 +197,8 @@ def _evaluate_geneval(args: argparse.Namespace) -> list[dict[str, Any]]:
             rollout = draw(model.backbone, denoiser, engine, batch, settings, uncond, "geneval")
         summary = suite.judge(rollout)
         about = {"judge": judge, "prompts": prompts}
-        line = {"model": _name(args, role), "guidance": scale, "steps": settings.steps, **about}
+        line = {"model": _name(args, role), "guidance": scale, "steps": settings.steps,
+                "solver": settings.solver, **about}  # fmt: skip
         title = Text(f"GenEval of {prompts}, judge {judge}")
         table = Table(f"{line['model']}, CFG {scale:g}", "images", "official", "strict", "soft", title=title)
         for task, images, *scores in summary.rows():

@@ -35,6 +35,12 @@ class JsonObject:
             raise self._wrong(name, "a string", value)
         return value
 
+    def one_of(self, name: str, known: Sequence[str]) -> str:
+        text = self.text(name)
+        if text not in known:
+            raise self._wrong(name, f"one of {', '.join(known)}", text)
+        return text
+
     def integer(self, name: str, least: int | None = 0) -> int:
         value = self._value(name)
         if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +144,12 @@ def build_optimizer(snapshots: Snapshots, config: CRDConfig) -> torch.optim.Opti
 
 
 def load_model(
-    target: str | Path, *, base: str | None = None, checkpoint: str = "last", device: str = "cpu"
+    target: str | Path,
+    *,
+    base: str | None = None,
+    checkpoint: str = "last",
+    device: str = "cpu",
+    prepare: Callable[[Backbone, CRDConfig | None], None] = lambda _backbone, _config: None,
 ) -> LoadedModel:
     """Load what `target` names.
 
@@ -152,6 +158,7 @@ def load_model(
         base: the model under a LoRA folder (None = "tiny-sd3"), or under a run whose model was an object.
         checkpoint: of a run: "last", "best" or the number of an update.
         device: where the model goes.
+        prepare: gets the backbone before any role is made of it, and the configuration of its run.
 
     Raises:
         CRDError: nothing usable there.
@@ -159,8 +166,9 @@ def load_model(
     check_target(target, base, checkpoint)
     path, model = Path(target), base_name(target, base)
     if is_run(path):
-        return _load_run(path, model, checkpoint, device)
+        return _load_run(path, model, checkpoint, device, prepare)
     backbone = load_backbone(model, device=device)
+    prepare(backbone, None)
     if (path / LORA_FILE).is_file():
         snapshots = Snapshots(backbone.denoiser, "lora", read_lora_settings(path), roles=())
         load_lora(snapshots, path)
@@ -195,13 +203,16 @@ def checkpoint_number(checkpoints: CheckpointFolder, wanted: str) -> int:
     return int(number)
 
 
-def _load_run(path: Path, model: str, wanted: str, device: str) -> LoadedModel:
+def _load_run(
+    path: Path, model: str, wanted: str, device: str, prepare: Callable[[Backbone, CRDConfig | None], None]
+) -> LoadedModel:
     config = load_config(path / CONFIG_FILE)
     checkpoints = CheckpointFolder(path / "checkpoints", config.keep_checkpoints)
     state = checkpoints.load(checkpoint_number(checkpoints, wanted))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     backbone = load_backbone(model, dtype=DTYPES[config.base_dtype], device=device)
+    prepare(backbone, config)
     snapshots = build_snapshots(backbone, config, roles=())
     snapshots.load_state(POLICY, state.tensors[POLICY])
     return LoadedModel(backbone, snapshots, POLICY, config)

@@ -12,7 +12,8 @@ from crd.config import CRDConfig
 from crd.evaluation import EvalResult
 from crd.ranks import Ranks
 from crd.run_folder import RunFolder
-from crd.tracker import Tracker
+from crd.run_summary import moments
+from crd.tracker import Tracker, read_metrics
 from crd.training_state import Progress
 
 
@@ -120,6 +121,14 @@ class RunBooks:
         """Whether the last checkpoint is that of an update."""
         return update == self._saved
 
-    def summarise(self, progress: Progress, base: Mapping[float, Mapping[str, float]]) -> dict[str, float]:
-        """Write and show the summary; {} on processes other than the first. See `RunFolder.summarise`."""
-        return self.ranks.on_main(lambda: self.folder.summarise(progress, base)) or {}
+    def summarise(
+        self, progress: Progress, anchor: Mapping[str, float] | None, base: Mapping[float, Mapping[str, float]]
+    ) -> dict[str, float]:
+        """Write and show the summary; {} on processes other than the first. See `moments` for the arguments."""
+
+        def write() -> dict[str, float]:
+            best = self.checkpoints.best()
+            found = moments(read_metrics(self.folder.path, "eval"), None if best is None else best[0], anchor, base)
+            return self.folder.summarise(progress, found)
+
+        return self.ranks.on_main(write) or {}

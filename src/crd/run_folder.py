@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from crd.atomic import replace_file
 from crd.config import RESUMABLE, CRDConfig
@@ -22,7 +21,7 @@ from crd.console import console
 from crd.errors import CRDError
 from crd.evaluation import EvalResult
 from crd.grid import GridRow, draw_grid
-from crd.tracker import read_metrics
+from crd.run_summary import Scores, summary, summary_table
 from crd.training_state import Progress
 
 CONFIG_FILE = "config.yaml"
@@ -138,40 +137,21 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
             draw_grid([row], [""] * count).save(folder / f"update-{update:06d}.png")
 
-    def summarise(self, progress: Progress, base: Mapping[float, Mapping[str, float]]) -> dict[str, float]:
-        """Write summary.json, and show it: held-out rewards before and after, and how far the run went.
+    def summarise(self, progress: Progress, found: Scores) -> dict[str, float]:
+        """Write summary.json, show it, and return what it holds.
 
         Args:
             progress: of the run.
-            base: CFG scale -> rewards of the base model; the scale of the highest total goes in.
+            found: of `crd.run_summary.moments`.
 
         Raises:
             CRDError: it cannot be written.
         """
-        summary: dict[str, float] = {}
-        held_out = read_metrics(self.path, "eval")
-        names = [name for name in (held_out[0] if held_out else {}) if name.startswith("reward")]
-        best = max(base, key=lambda scale: base[scale]["reward"]) if base else None
-        # A total of one reward is that reward.
-        for name in names if len(names) > 2 else names[:1]:
-            if name not in held_out[-1]:  # it applied to none of the last images
-                continue
-            summary |= {f"{name}_before": held_out[0][name], f"{name}_after": held_out[-1][name]}
-            if best is not None and name in base[best]:
-                summary |= {f"{name}_base_cfg": base[best][name], "base_cfg_scale": best}
-        summary |= {
-            "steps": progress.optimizer_steps,
-            "updates": progress.updates_done,
-            "seconds": progress.seconds,
-            "images": progress.images_drawn,
-        }
+        content = summary(progress, found)
         with self._told_if_full():
-            self._write_json(SUMMARY_FILE, summary)
-        table = Table("summary", str(self.path))
-        for name, value in summary.items():
-            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
-        console.print(table)
-        return summary
+            self._write_json(SUMMARY_FILE, content)
+        console.print(summary_table(progress, found, str(self.path)))
+        return content
 
     @contextmanager
     def _told_if_full(self) -> Iterator[None]:

@@ -68,7 +68,9 @@ class CRDTrainer:
         self.books = RunBooks(config, recorded, self.ranks)
         self.progress = Progress()
         with self.ranks.together():
-            parts = load_parts(config, self.engine.device, model, reward_funcs, train_dataset, eval_dataset)
+            parts = load_parts(
+                config, self.engine.device, model, reward_funcs, train_dataset, eval_dataset, self.ranks.world_size
+            )
             self._prepare(parts)
         self._clock = time.perf_counter()  # at which `progress.seconds` was last brought up to date
 
@@ -100,7 +102,7 @@ class CRDTrainer:
         return Watch(evaluator, self.books.folder.path, config.alarm)
 
     def train(self, resume: bool | int = False) -> dict[str, float]:
-        """Run all updates; returns (and writes to summary.json) the held-out rewards before and after.
+        """Run all updates; returns (and writes to summary.json) rewards and held-out scores before, after and at best.
 
         Args:
             resume: True goes on from the last checkpoint in `args.output_dir`, an int from that update's.
@@ -125,7 +127,8 @@ class CRDTrainer:
                 # The base model at each CFG scale asked for, on the same prompts and noise.
                 watch, scales = self.watch, self.args.eval_base_guidance
                 base = {} if watch is None else {scale: watch.base(scale).metrics() for scale in scales}
-                return self.books.summarise(self.progress, base)
+                anchor = None if watch is None or watch.guided is None else watch.guided.metrics()
+                return self.books.summarise(self.progress, anchor, base)
             except CRDError:
                 # Nothing was learned: a folder that only blocks the next try helps nobody.
                 if resume is False and self.progress.updates_done == 0:

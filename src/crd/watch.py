@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ class Watch:
         self.evaluator, self.action, self.ranks = evaluator, action, evaluator.engine.ranks
         self.files = EvaluationFiles(run)
         self.history: list[Evaluated] = []
-        self._guided: EvalRecord | None = None
+        self.guided: EvalRecord | None = None  # the base model at the anchor's scale, once it is drawn
 
     def go_back(self, update: int) -> None:
         """Take up the record of a run that goes on from `update`, without what came later.
@@ -59,6 +59,7 @@ class Watch:
                            "restore it, or start a new run")  # fmt: skip
         guided = self.files.base(self.evaluator.anchor_guidance) if history else None
         for record in [*(one.record for one in history), *([] if guided is None else [guided])]:
+            self._check_drawn_alike(record)
             if not self.evaluator.draws(record):
                 raise CRDError(f"the evaluation prompts are not those of the run: {self.files.folder} holds "
                                f"{len(record.prompts)} others; restore the prompts, or start a new run")  # fmt: skip
@@ -70,7 +71,7 @@ class Watch:
             self.files.tile(0, 0)  # what an event would show must be there
         # Nothing is dropped before all is read: a refused resume changes nothing.
         self.ranks.on_main(lambda: self._tidy(update))
-        self.history, self._guided = history, guided
+        self.history, self.guided = history, guided
 
     def evaluate(self, update: int, *, can_stop: bool = True, can_raise: bool = True) -> Verdict:
         """Evaluate the policy, keep the record, and judge it.
@@ -84,14 +85,14 @@ class Watch:
             CRDError: a scorer failed, the record cannot be written, or the pictures of the base model are lost.
         """
         result = self.evaluator(POLICY)
-        if self._guided is None and self.action != OFF:
-            guided = self.evaluator(ANCHOR, self.evaluator.anchor_guidance)
-            self._guided = guided.record
+        if self.guided is None and self.action != OFF:
+            guided = self._guided_base(result if update == 0 else None)
+            self.guided = guided.record
             self._keep(lambda: self.files.save_base(guided))
         self.history.append(Evaluated(update, result.record))
         self._keep(lambda: self.files.save_policy(update, result))
         # A run that is resumed with the alarm off still has the guided base model's record.
-        events = [] if self.action == OFF or self._guided is None else check(self.history, self._guided)
+        events = [] if self.action == OFF or self.guided is None else check(self.history, self.guided)
         possible = {STOP: can_stop, RAISE_KL: can_raise}
         action = self.action if possible.get(self.action, False) else TELL
         for event in events:
@@ -103,9 +104,11 @@ class Watch:
         )  # fmt: skip
 
     def base(self, guidance: float) -> EvalRecord:
-        """The base model at a CFG scale, on the same prompts and noise; that of the anchor is not drawn again."""
-        if self._guided is not None and guidance == self._guided.guidance:
-            return self._guided
+        """The base model at a CFG scale, on the same prompts and noise; what was drawn before is not drawn again."""
+        if self.guided is not None and guidance == self.guided.guidance:
+            return self.guided
+        if self.history and guidance == self.history[0].record.guidance:
+            return replace(self.history[0].record, role=ANCHOR)
         return self.evaluator(ANCHOR, guidance).record
 
     def eligible(self) -> dict[int, float]:
@@ -113,6 +116,19 @@ class Watch:
         return {
             one.update: one.record.metrics()["reward"] for one in self.history[1:] if self._eligible(one.record)
         }  # fmt: skip
+
+    def _guided_base(self, untrained: EvalResult | None) -> EvalResult:
+        """The base model at the anchor's scale; before training it is the policy, if that has the same scale."""
+        if untrained is not None and untrained.record.guidance == self.evaluator.anchor_guidance:
+            return EvalResult(replace(untrained.record, role=ANCHOR), untrained.images)
+        return self.evaluator(ANCHOR, self.evaluator.anchor_guidance)
+
+    def _check_drawn_alike(self, record: EvalRecord) -> None:
+        settings = self.evaluator.settings
+        if (record.steps, record.solver) != (settings.steps, settings.solver):
+            raise CRDError(f"the evaluations in {self.files.folder} were drawn in {record.steps} steps of "
+                           f"{record.solver}, this run draws in {settings.steps} of {settings.solver}; set it back, or "
+                           "start a new run")  # fmt: skip
 
     def _eligible(self, record: EvalRecord) -> bool:
         base = self.history[0].record

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from crd.errors import CRDError
 from crd.metrics.frechet import frechet_distance
 from crd.metrics.tiny_image_text import TinyImageText
 from crd.seeds import derive_seed
-from crd.tiny.render import LEVELS
+from crd.tiny.image_text import EMBEDDING
+from crd.tiny.render import LEVELS, SIZE
 from crd.tiny.subjects import draw_subject, read_caption
 
 LEVEL = 3  # of the renderer: all fonts and inks, no tints; about what the bundled model was trained on
@@ -65,3 +67,38 @@ def frechet_to_renderings(
         raise ValueError(f"prompts must hold one entry per image ({len(images)}), got {len(prompts)}")
     drawn = judge.image_features(renderings(prompts, seed))
     return frechet_distance(judge.image_features(images).numpy(), drawn.numpy())
+
+
+class RenderedWorld:
+    """How far the pictures of each of several models are from renderings of their prompts, which are drawn once.
+
+    Args:
+        prompts: B prompts, one for each picture, more than `EMBEDDING`.
+        judge: gives the features.
+
+    Raises:
+        CRDError: too few pictures, or as `renderings`.
+    """
+
+    def __init__(self, prompts: Sequence[str], judge: TinyImageText) -> None:
+        if len(prompts) <= EMBEDDING:
+            raise CRDError(f"the Fréchet distance to renderings, by {EMBEDDING} features, needs more images than that, "
+                           f"got {len(prompts)}; evaluate more prompts or --images, or leave it out")  # fmt: skip
+        self._judge = judge
+        self._drawn, again = (judge.image_features(renderings(prompts, seed)).numpy() for seed in (0, 1))
+        self.floor = frechet_distance(again, self._drawn)  # between two sets of renderings
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse pictures of another size than the renderer's.
+
+        Raises:
+            CRDError: they are.
+        """
+        if (height, width) != (SIZE, SIZE):
+            raise CRDError(f"the Fréchet distance to renderings is of pictures of {SIZE} x {SIZE} px, got "
+                           f"{height} x {width}; leave it out")  # fmt: skip
+
+    def measure(self, images: Sequence[Image.Image]) -> dict[str, float]:
+        """Distance of a model's B pictures, in the order of the prompts, and the floor, by the names of evaluations."""
+        distance = frechet_distance(self._judge.image_features(images).numpy(), self._drawn)
+        return {"frechet_to_renderings": distance, "frechet_floor": self.floor}

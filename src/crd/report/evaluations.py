@@ -14,7 +14,7 @@ from crd.alarm import ACTIONS, NOTE, NOTHING, RAISE_KL, STOP, WARN
 from crd.errors import CRDError
 from crd.eval_record import EvalRecord, parse_record
 from crd.evaluation_files import Sheet, parse_sheet
-from crd.json_files import JsonObject, read_object, read_object_lines
+from crd.json_files import read_object, read_object_lines
 from crd.metrics.bootstrap import bootstrap_mean
 
 RESAMPLES = 1000
@@ -121,8 +121,8 @@ def read_events(run: Path, path: Path) -> tuple[list[Event], list[str]]:
         events.append(
             Event(
                 line.integer("update"),
-                _one_of(line, "level", (NOTE, WARN)),
-                _one_of(line, "action", (NOTHING, *ACTIONS)),
+                line.one_of("level", (NOTE, WARN)),
+                line.one_of("action", (NOTHING, *ACTIONS)),
                 f"{line.text('rule')} {line.text('column')}" if line.has("column") else line.text("rule"),
                 line.text("message"),
                 line.inner("numbers").all_numbers(),
@@ -130,13 +130,6 @@ def read_events(run: Path, path: Path) -> tuple[list[Event], list[str]]:
             )
         )
     return sorted(events, key=lambda event: event.update), missing
-
-
-def _one_of(line: JsonObject, name: str, known: tuple[str, ...]) -> str:
-    text = line.text(name)
-    if text not in known:
-        raise CRDError(f"{line.where}: {name} must be one of {', '.join(known)}, got {text!r}; restore the file")
-    return text
 
 
 def _check_same_pictures(evaluations: list[Evaluation]) -> None:
