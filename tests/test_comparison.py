@@ -147,6 +147,7 @@ def test_comparison_table(first: EvalRecord, second: EvalRecord) -> None:
     assert "+0.100 [+0.09" in reward
     assert any(line.startswith(f"{HELD_OUT} ") and "-0.050" in line for line in lines)
     assert "velocity_norm 1.0000 -0.2500" in lines
+    assert "kl_to_anchor 0.1000 +0.0500" in lines
     # All prompts alike: no interval, and nothing to write in bold.
     assert any(line.startswith("stat_brightness 0.405 [") and line.endswith(" +0.000") for line in lines)
     by_name = dict(zip(found.columns[0].cells, found.columns[2].cells, strict=True))

@@ -145,23 +145,24 @@ def read_evaluations(path: Path) -> list[Line]:
 def table(lines: Sequence[Line]) -> Table:
     """Mean and 95% interval over prompts: a row for each column of the evaluations, a column for each model."""
     cells = [{name: _shown(found) for name, found in intervals(line.record).items()} for line in lines]
-    return _table(lines, cells, [line.record.drift for line in lines], "mean [95% interval over prompts]")
+    drift = [{name: f"{value:.4f}" for name, value in line.record.drift.items()} for line in lines]
+    return _table(lines, cells, drift, "mean [95% interval over prompts]")
 
 
 def comparison_table(lines: Sequence[Line]) -> Table:
     """The first model's means, and the paired differences of the others to it; bold where the interval excludes 0."""
     first, *others = [line.record for line in lines]
     cells = [{name: _shown(found) for name, found in intervals(first).items()}]
-    drift = [dict(first.drift)]
+    drift = [{name: f"{value:.4f}" for name, value in first.drift.items()}]
     for other in others:
         cells.append({name: _signed(found) for name, found in differences(other, first).items()})
-        drift.append({name: value - first.drift[name] for name, value in other.drift.items()
+        drift.append({name: f"{value - first.drift[name]:+.4f}" for name, value in other.drift.items()
                       if name in first.drift and (name != KL_TO_ANCHOR or same_anchor(other, first))})  # fmt: skip
     return _table(lines, cells, drift, "first: mean; others: paired difference to it [95% interval over prompts]")
 
 
 def _table(
-    lines: Sequence[Line], cells: Sequence[Mapping[str, Text]], drift: Sequence[Mapping[str, float]], title: str
+    lines: Sequence[Line], cells: Sequence[Mapping[str, Text]], drift: Sequence[Mapping[str, str]], title: str
 ) -> Table:
     table = Table(Column(no_wrap=True), *(escape(line.title) for line in lines), title=title)
     images = [str(len(line.record.prompt_id)) for line in lines]
@@ -170,7 +171,7 @@ def _table(
     for name in dict.fromkeys(name for column in cells for name in column):
         table.add_row(name, *(column.get(name, Text("-")) for column in cells))
     for name in dict.fromkeys(name for column in drift for name in column):
-        table.add_row(name, *(f"{column[name]:.4f}" if name in column else "-" for column in drift))
+        table.add_row(name, *(column.get(name, "-") for column in drift))
     return table
 
 

@@ -60,8 +60,8 @@ def summary(progress: Progress, found: Scores) -> dict[str, float]:
 
 def summary_table(progress: Progress, found: Scores, run: str) -> Table:
     """The same for people: a row for each score, a column for each moment."""
-    done = (f"{progress.updates_done} updates, {progress.optimizer_steps} steps, {progress.images_drawn} images, "
-            f"{progress.seconds:.1f} s")  # fmt: skip
+    done = (f"updates: {progress.updates_done}, optimizer steps: {progress.optimizer_steps}, "
+            f"images: {progress.images_drawn}, seconds: {progress.seconds:.1f}")  # fmt: skip
     table = Table(
         Column(no_wrap=True), *(_title(moment, means) for moment, means in found.items()), title=run, caption=done
     )
