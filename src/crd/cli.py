@@ -1,4 +1,4 @@
-"""The command line: `crd train | plan | sample | eval | compare | report | export | serve-reward`.
+"""The command line: `crd train | plan | sample | eval | compare | report | export | bench | serve-reward`.
 
 Bad input: one line, exit status 2.
 """
@@ -24,7 +24,8 @@ COMPILE = ("no", "regional")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    debug = "--debug" in (sys.argv if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in given
     try:
         args, rest = _parser().parse_known_args(argv)
         if rest and args.command not in ("train", "plan"):
@@ -56,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluation_commands.compare(args)
         elif args.command == "report":
             commands.report(args)
+        elif args.command == "bench":
+            from crd.bench.command import bench  # what it needs is an extra
+
+            bench(args)
         else:
             commands.export(args)
     except CRDError as error:
@@ -68,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if _first_of_machine():
-            errors.print("crd: interrupted; `crd train --resume RUN` goes on from the last checkpoint")
+            goes_on = "the same command" if "bench" in given[:2] else "`crd train --resume RUN`"
+            errors.print(f"crd: interrupted; {goes_on} goes on from the last checkpoint")
         return 130
     return 0
 
@@ -111,6 +117,17 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of 1 or more, got {text!r}")
     return int(text)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    words = _words(text)
+    if not all(word.isdigit() for word in words):
+        raise argparse.ArgumentTypeError(f"must be integers such as 0,1,2, got {text!r}")
+    return [int(word) for word in words]
 
 
 def _port(text: str) -> int:
@@ -216,12 +233,30 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, help="folder to create")
     export.add_argument("--merge", action="store_true", help="whole pipeline with the weights merged")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    _add_bench(
+        commands.add_parser(
+            "bench", parents=[shared], allow_abbrev=False, help="arms, tasks and seeds of a suite, side by side"
+        )
+    )
     _add_serving(
         commands.add_parser(
             "serve-reward", parents=[shared], allow_abbrev=False, help="answer for rewards over HTTP; for remote=..."
         )
     )
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", help="YAML file, or a bundled suite: quick, head-to-head, ablations, tuning")
+    parser.add_argument("--output-dir", "--output_dir", help="folder of all its runs (default: runs/bench-NAME)")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of each run (default 1)")
+    parser.add_argument("--tasks", type=_words, default=[], metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--arms", type=_words, default=[], metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--seeds", type=_numbers, default=[], metavar="0,1", help="only these (default: all)")
+    parser.add_argument("--retry", action="store_true", help="try failed runs again")
+    parser.add_argument("--dry-run", action="store_true", help="check every arm, print the plan, stop")
+    parser.add_argument("--summary", action="store_true", help="tables and figures of what is there; run nothing")
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:

@@ -151,7 +151,7 @@ def bca_interval(
     deviation = chosen - center
     shifts = np.sort(_resampled_means(deviation, resamples, seed), axis=0)
     z = NormalDist().inv_cdf((1 + level) / 2)
-    widen = _student_quantile((1 + level) / 2, prompts - 1) / z * math.sqrt(prompts / (prompts - 1))
+    widen = student_quantile((1 + level) / 2, prompts - 1) / z * math.sqrt(prompts / (prompts - 1))
     low[told] = center + widen * _quantile(shifts, _bca_level(deviation, shifts, -z))
     high[told] = center + widen * _quantile(shifts, _bca_level(deviation, shifts, z))
     return low, high
@@ -249,7 +249,7 @@ def _quantile(ordered: np.ndarray, level: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _student_quantile(probability: float, freedom: int) -> float:
+def student_quantile(probability: float, freedom: int) -> float:
     """Quantile of Student's t above its median, without scipy.
 
     With t = sqrt(freedom) tan(angle), the density of the angle is proportional to cos(angle)^(freedom - 1).

@@ -97,17 +97,12 @@ def _lines(run: Run, metric: str) -> dict[str, Any]:
 
 
 def _axes(run: Run) -> dict[str, list[float | None]]:
-    """Images drawn and seconds spent by the end of each update; `seconds` in metrics.jsonl are of one update."""
-    updates: list[float | None] = [0]
-    images: list[float | None] = [0]
-    seconds: list[float | None] = [0]
-    spent = 0.0
-    for record in run.records("train"):
-        spent += record.numbers.get("seconds", math.nan)
-        updates.append(record.update)
-        images.append(rounded(record.numbers.get("images", math.nan), 9))
-        seconds.append(rounded(spent))
-    return {"update": updates, "images": images, "seconds": seconds}
+    updates, images, seconds = zip(*run.spent(), strict=True)
+    return {
+        "update": list(updates),
+        "images": [rounded(count, 9) for count in images],
+        "seconds": [rounded(value) for value in seconds],
+    }
 
 
 def _three(value: Estimate) -> list[float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,17 @@ class Run:
     def records(self, kind: str) -> list[Metrics]:
         """Records of one kind, by update."""
         return sorted((one for one in self.metrics if one.kind == kind), key=lambda one: one.update)
+
+    def spent(self) -> list[tuple[int, float, float]]:
+        """Images drawn and seconds spent on training by the end of each update, from update 0 on; NaN = not told.
+
+        `seconds` in metrics.jsonl are of one update, without evaluation and saving.
+        """
+        found, seconds = [(0, 0.0, 0.0)], 0.0
+        for record in self.records("train"):
+            seconds += record.numbers.get("seconds", math.nan)
+            found.append((record.update, record.numbers.get("images", math.nan), seconds))
+        return found
 
     @property
     def during(self) -> list[Evaluation]:

@@ -1,0 +1,142 @@
+"""The folder of one run of a benchmark: the run itself, what it printed, and what each attempt at it took.
+
+settings.yaml    the configuration that it was started with
+run/             the run folder
+log.txt          what it printed, all attempts
+attempts.jsonl   one line an attempt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from crd.atomic import replace_file
+from crd.bench.suite import Cell
+from crd.config import CRDConfig
+from crd.config_io import load_config
+from crd.errors import CRDError
+from crd.json_files import JsonObject, read_object_lines
+from crd.loading import is_run
+from crd.run_folder import CONFIG_FILE, SUMMARY_FILE
+
+NEW, STARTED, FAILED, FINISHED = "new", "started", "failed", "finished"
+# What may differ between the suite and a run that it goes on with: where it lies, and how many threads it has.
+_FREE = frozenset({"output_dir", "threads"})
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process that worked on a run, from its start to its end."""
+
+    began: str  # ISO 8601, UTC
+    seconds: float  # wall clock, loading and evaluations included
+    cpu_seconds: float  # of all its threads
+    peak_bytes: int  # most memory that was resident at a time
+    status: int  # of its exit; below 0 the signal that ended it
+    stopped: bool  # by the harness, on request
+    threads: int
+    jobs: int  # runs at a time
+    processor: str
+    cores: int
+    commit: str | None  # of the code; None = it does not lie in a git repository
+
+
+class CellFolder:
+    """Files of one run; nothing is created before `prepare`.
+
+    Args:
+        out: folder of the benchmark.
+        cell: which run of it.
+    """
+
+    def __init__(self, out: Path, cell: Cell) -> None:
+        self.cell, self.path = cell, out / cell.task / cell.arm / f"seed-{cell.seed}"
+        self.run, self.log = self.path / "run", self.path / "log.txt"
+        self._settings, self._attempts = self.path / "settings.yaml", self.path / "attempts.jsonl"
+
+    def state(self) -> str:
+        """How far the run is; one that was stopped, or whose harness died, is started and no failure."""
+        if (self.run / SUMMARY_FILE).is_file():
+            return FINISHED
+        attempts = self.attempts()
+        if attempts and not attempts[-1].stopped:
+            return FAILED
+        return STARTED if is_run(self.run) else NEW
+
+    def check_same(self, config: CRDConfig) -> None:
+        """Refuse a run that was made with other settings than `config`.
+
+        Raises:
+            CRDError: names a field that differs.
+        """
+        if not is_run(self.run):
+            return
+        recorded = load_config(self.run / CONFIG_FILE)
+        for name, was in dataclasses.asdict(recorded).items():
+            asked = config.__dict__[name]
+            if name not in _FREE and was != asked:
+                raise CRDError(f"{self.run} was made with {name}={was!r}, the suite asks for {asked!r}; choose another "
+                               "--output_dir, or move that run away")  # fmt: skip
+
+    def command(self, config: CRDConfig) -> list[str]:
+        """The command that begins the run, or goes on with it; its settings are written down.
+
+        Raises:
+            CRDError: they cannot be written.
+        """
+        train = [sys.executable, "-m", "crd", "train"]
+        if is_run(self.run):
+            return [*train, "--resume", str(self.run), "--threads", str(config.threads)]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_file(self._settings, lambda path: path.write_text(config.to_yaml(), encoding="utf-8"))
+        except OSError as error:
+            raise CRDError(f"cannot write {self._settings}: {error}; choose another --output_dir") from error
+        return [*train, str(self._settings)]
+
+    def attempts(self) -> list[Attempt]:
+        """Attempts so far, oldest first.
+
+        Raises:
+            CRDError: the file is damaged.
+        """
+        return [_parse(line) for line in read_object_lines(self._attempts)[0]] if self._attempts.is_file() else []
+
+    def add(self, attempt: Attempt) -> None:
+        """Record an attempt.
+
+        Raises:
+            CRDError: it cannot be written.
+        """
+        try:
+            with self._attempts.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(dataclasses.asdict(attempt)) + "\n")
+        except OSError as error:
+            raise CRDError(f"cannot write {self._attempts}: {error}; free space") from error
+
+    def last_words(self, lines: int = 3) -> str:
+        """The last lines that the run printed, in one."""
+        if not self.log.is_file():
+            return ""
+        told = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        return " / ".join([line for line in told if line][-lines:])
+
+
+def _parse(line: JsonObject) -> Attempt:
+    return Attempt(
+        began=line.text("began"),
+        seconds=line.real("seconds"),
+        cpu_seconds=line.real("cpu_seconds"),
+        peak_bytes=line.integer("peak_bytes"),
+        status=line.integer("status", None),
+        stopped=bool(line.content["stopped"]),
+        threads=line.integer("threads", 1),
+        jobs=line.integer("jobs", 1),
+        processor=line.text("processor"),
+        cores=line.integer("cores", 1),
+        commit=line.text("commit") if line.has("commit") else None,
+    )

@@ -1,0 +1,51 @@
+"""What can be known of runs before they begin: that their settings hold, and how much they ask of the denoiser."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+from crd.backbones.base import Backbone
+from crd.bench.suite import Cell, Suite
+from crd.config import CRDConfig
+from crd.errors import told_of
+from crd.loading import DTYPES
+from crd.planning.model_files import read_model
+from crd.planning.skeleton import build_skeleton
+from crd.planning.workload import forwards
+from crd.run_parts import check_settings, load_judged
+
+
+def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
+    """Refuse what `crd train --dry-run` would refuse of any of the runs, and arms that cannot be compared.
+
+    Raises:
+        CRDError: names the task and the arm.
+    """
+    arms: dict[str, dict[str, CRDConfig]] = {}
+    for cell in cells:
+        known = arms.setdefault(cell.task, {})
+        if cell.arm in known:  # another seed asks for nothing else
+            continue
+        with told_of(f"suite {suite.name}, task {cell.task}, arm {cell.arm}"):
+            known[cell.arm] = suite.config(cell, Path("unused"), None)
+            load_judged(known[cell.arm])
+            check_settings(_backbone(known[cell.arm]), known[cell.arm])
+    for task, configs in arms.items():
+        with told_of(f"suite {suite.name}, task {task}"):
+            suite.check_measured(configs)
+
+
+def rows_per_update(config: CRDConfig) -> int:
+    """Transformer evaluations of an update: rows through the denoiser, a backward pass as two, as `crd plan` has it."""
+    return forwards(config, _backbone(config), 1, config.micro_batch).total
+
+
+def _backbone(config: CRDConfig) -> Backbone:
+    return _skeleton(config.model, config.base_dtype)
+
+
+@functools.cache
+def _skeleton(model: str, base_dtype: str) -> Backbone:
+    return build_skeleton(read_model(model), DTYPES[base_dtype]).backbone

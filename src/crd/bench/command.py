@@ -1,0 +1,93 @@
+"""`crd bench`: run a suite, or go on with it, and write what came of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from crd.bench.cells import FAILED, Attempt, CellFolder
+from crd.bench.checks import check_runs
+from crd.bench.collect import collect, write_results
+from crd.bench.figures import draw_figures
+from crd.bench.runner import Job, Runner, alone
+from crd.bench.schedule import Planned, failures, outlook, plan_cells, schedule_table, to_do
+from crd.bench.suite import Cell, Suite
+from crd.bench.suite_file import read_suite
+from crd.bench.tables import write_report
+from crd.console import console
+from crd.errors import CRDError
+from crd.report.words import duration
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Check all runs of a suite, run those that are not done, and summarise.
+
+    Raises:
+        CRDError: a run that would be refused or that does not fit its folder, before any starts; or runs failed.
+    """
+    suite = read_suite(args.suite)
+    out = Path(args.output_dir or f"runs/bench-{suite.name}")
+    if args.summary:
+        summarise(suite, out)
+        return
+    cells = suite.cells(args.tasks, args.arms, args.seeds)
+    check_runs(suite, cells)
+    planned = plan_cells(suite, cells, out, args.threads)
+    if suite.about:
+        _say(suite.about)
+    console.print(schedule_table(suite, planned))
+    _say(outlook(planned, args.jobs))
+    for cell, words in failures(planned).items():
+        _say(f"failed: {cell}: {words}; --retry tries again", style="yellow")
+    if args.dry_run:
+        return
+    with alone(out) as lock:
+        run_planned(suite, cells, planned, out, args, lock)
+        summarise(suite, out)
+    failed = [str(one.cell) for one in plan_cells(suite, cells, out, args.threads) if one.state == FAILED]
+    if failed:
+        raise CRDError(f"{len(failed)} of {len(cells)} runs failed, {', '.join(failed)}; see log.txt in their folders "
+                       f"in {out}, and use --retry")  # fmt: skip
+
+
+def run_planned(
+    suite: Suite, cells: Sequence[Cell], planned: Sequence[Planned], out: Path, args: argparse.Namespace, lock: int
+) -> None:
+    """Run what is to do, and tell of every start and end."""
+
+    def started(job: Job) -> None:
+        _say(f"start {job.folder.cell}")
+
+    def ended(job: Job, attempt: Attempt) -> None:
+        cell, took = job.folder.cell, duration(attempt.seconds)
+        if attempt.status:
+            _say(f"failed {cell} after {took}: {job.folder.last_words()}", style="yellow")
+            return
+        peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
+        left = outlook(plan_cells(suite, cells, out, args.threads), args.jobs)
+        _say(f"done {cell}: {took}, {peak}; {left}")
+
+    Runner(args.jobs, lock, started, ended).run(to_do(planned, args.retry))
+
+
+def summarise(suite: Suite, out: Path) -> None:
+    """results.jsonl, cells.jsonl, figures and report.md of all runs in `out`, from their folders alone.
+
+    Raises:
+        CRDError: there are none, or they cannot be read.
+    """
+    # Of arms that were never begun, not even the settings need to hold.
+    begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
+    planned = plan_cells(suite, begun, out, threads=1)
+    outcomes = collect(planned)
+    if not outcomes:
+        raise CRDError(f"no run of suite {suite.name} in {out} has been evaluated yet; run it without --summary")
+    write_results(out, outcomes)
+    figures = draw_figures(out, suite, outcomes)
+    report = write_report(out, suite, outcomes, failures(planned), figures)
+    _say(f"wrote {report}, {len(figures)} figures, results.jsonl and cells.jsonl")
+
+
+def _say(text: str, style: str = "") -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,126 @@
+"""The arms of one task side by side: what each run measures, and paired by seed with the reference arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from crd.bench.analysis import (
+    Curve,
+    Interval,
+    drift_difference,
+    drift_gain,
+    gain_target,
+    images_to,
+    over_seeds,
+    ratio_over_seeds,
+    value_at,
+)
+from crd.bench.collect import TRAINING, Outcome
+from crd.eval_record import DIVERSITY, HELD_OUT
+from crd.report.words import title
+
+KL_TO_ANCHOR, TRAINING_KL = "kl_to_anchor", f"{TRAINING}kl"
+REWARD_BY_SECONDS = "reward_by_seconds"
+OWN_IMAGES, REFERENCE_IMAGES, SPEED = "images_to_own_gain", "images_to_reference_gain", "reference_speed"
+PEAK, SECONDS = "peak_memory_bytes", "seconds"
+DRIFT, EQUAL_REWARD = "drift_", "at_equal_reward_"  # and the name of a score
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measures of the finished runs of one task."""
+
+    images: float  # the least that any of the runs has drawn
+    seconds: float  # the least that any of them has trained
+    reference: str
+    scores: tuple[str, ...]  # held-out
+    arms: Mapping[str, Mapping[int, Mapping[str, float]]]  # arm -> seed -> measure -> value
+    other_anchor: tuple[str, ...]  # arms whose `kl_to_anchor` is the distance to another model than the reference's
+
+    def values(self, arm: str, measure: str) -> list[float]:
+        """A measure of every seed of an arm; NaN where it does not apply."""
+        return [found.get(measure, math.nan) for found in self.arms[arm].values()]
+
+    def mean(self, arm: str, measure: str) -> Interval:
+        """A measure of an arm over its seeds."""
+        return over_seeds(self.values(arm, measure))
+
+    def difference(self, arm: str, measure: str) -> Interval:
+        """A measure of an arm minus that of the reference, over the seeds that both have finished."""
+        return over_seeds([mine - theirs for mine, theirs in self._pairs(arm, measure)])
+
+    def ratio(self, arm: str, measure: str) -> Interval:
+        """A measure of an arm divided by that of the reference, likewise."""
+        return ratio_over_seeds([mine / theirs for mine, theirs in self._pairs(arm, measure)])
+
+    def _pairs(self, arm: str, measure: str) -> list[tuple[float, float]]:
+        mine, theirs = self.arms[arm], self.arms.get(self.reference, {})
+        return [
+            (mine[seed].get(measure, math.nan), theirs[seed].get(measure, math.nan)) for seed in mine if seed in theirs
+        ]
+
+
+def compare_task(outcomes: Sequence[Outcome], reference: str) -> Comparison | None:
+    """The comparison of one task's finished runs; None if there is none."""
+    done = [one for one in outcomes if one.finished]
+    if not done:
+        return None
+    images = min(float(one.curve.images[-1]) for one in done)
+    seconds = min(float(one.curve.seconds[-1]) for one in done)
+    references = {one.cell.seed: one for one in done if one.cell.arm == reference}
+    scores = tuple(dict.fromkeys(name for one in done for name in one.curve.values if name.startswith(HELD_OUT)))
+    anchors = {one.anchor_guidance for one in references.values()}
+    others = tuple(dict.fromkeys(one.cell.arm for one in done if anchors and one.anchor_guidance not in anchors))
+    arms: dict[str, dict[int, dict[str, float]]] = {}
+    for one in done:
+        measured = _measures(one, references.get(one.cell.seed), images, seconds, scores)
+        if one.cell.arm in others:
+            measured.pop(KL_TO_ANCHOR, None)
+        arms.setdefault(one.cell.arm, {})[one.cell.seed] = measured
+    return Comparison(images, seconds, reference, scores, arms, others)
+
+
+def _measures(
+    one: Outcome, reference: Outcome | None, images: float, seconds: float, scores: Sequence[str]
+) -> dict[str, float]:
+    curve = one.curve
+    target = gain_target(curve, images)
+    found = {name: value_at(curve.images, values, images) for name, values in curve.values.items()}
+    found |= {
+        REWARD_BY_SECONDS: value_at(curve.seconds, curve.reward, seconds),
+        OWN_IMAGES: images_to(curve, target),
+        PEAK: one.peak_bytes,
+        SECONDS: value_at(curve.images, curve.seconds, images),
+        **{f"{DRIFT}{score}": drift_gain(curve, score) for score in _known(curve, scores)},
+    }
+    if reference is not None:
+        found[REFERENCE_IMAGES] = images_to(curve, gain_target(reference.curve, images))
+        found[SPEED] = _quotient(found[OWN_IMAGES], images_to(reference.curve, target))
+        for score in _known(reference.curve, _known(curve, scores)):
+            found[f"{EQUAL_REWARD}{score}"] = drift_difference(curve, reference.curve, score)
+    return found
+
+
+def _quotient(mine: float, theirs: float) -> float:
+    """0 where the reference never gets there; NaN where it begins there."""
+    return mine / theirs if theirs > 0 else math.nan
+
+
+def _known(curve: Curve, scores: Sequence[str]) -> list[str]:
+    return [score for score in scores if score in curve.values and not np.isnan(curve.values[score]).any()]
+
+
+def measure_title(name: str) -> str:
+    """A measure in words."""
+    return title(name.removeprefix(TRAINING))
+
+
+def told_scores(comparison: Comparison) -> list[str]:
+    """The measures that tables tell beside the reward: held-out scores, diversity, distances; those that apply."""
+    wanted = (*comparison.scores, DIVERSITY, KL_TO_ANCHOR, TRAINING_KL)
+    arms = comparison.arms
+    return [name for name in wanted if not all(math.isnan(v) for arm in arms for v in comparison.values(arm, name))]

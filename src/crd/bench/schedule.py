@@ -1,0 +1,113 @@
+"""Which runs of a benchmark are done, which are to do, and how long these will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from crd.bench.cells import FAILED, FINISHED, NEW, STARTED, CellFolder
+from crd.bench.checks import rows_per_update
+from crd.bench.runner import Job
+from crd.bench.suite import Cell, Suite
+from crd.errors import told_of
+from crd.report.words import duration
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run, how far it is, and what it asks for."""
+
+    job: Job
+    state: str
+    images: int  # of the whole run
+    rows: int  # transformer evaluations of the whole run
+    seconds: float  # that all attempts at it have taken
+
+    @property
+    def cell(self) -> Cell:
+        return self.job.folder.cell
+
+
+def plan_cells(suite: Suite, cells: Sequence[Cell], out: Path, threads: int) -> list[Planned]:
+    """The state of each run; nothing is written.
+
+    Raises:
+        CRDError: a run in `out` was made with other settings.
+    """
+    found, rows = [], dict[tuple[str, str], int]()
+    for cell in cells:
+        folder = CellFolder(out, cell)
+        config = suite.config(cell, folder.run, threads)
+        with told_of(f"suite {suite.name}"):
+            folder.check_same(config)
+        kind = cell.task, cell.arm
+        if kind not in rows:
+            rows[kind] = config.updates * rows_per_update(config)
+        images = config.updates * config.prompts_per_update * config.group_size
+        seconds = sum(attempt.seconds for attempt in folder.attempts())
+        found.append(Planned(Job(folder, config), folder.state(), images, rows[kind], seconds))
+    return found
+
+
+def remaining_seconds(planned: Sequence[Planned], jobs: int) -> float | None:
+    """Wall clock that the unfinished runs will take at most, `jobs` at a time; None while nothing is known.
+
+    A run takes as long as the finished ones of its task and arm did on average; else as long for each transformer
+    evaluation as the finished ones of its task did, or of all tasks.
+    """
+    finished = [one for one in planned if one.state == FINISHED]
+    if not finished:
+        return None
+    total = 0.0
+    for one in planned:
+        if one.state != FINISHED:
+            like = [
+                [other for other in finished if (other.cell.task, other.cell.arm) == (one.cell.task, one.cell.arm)],
+                [other for other in finished if other.cell.task == one.cell.task],
+                finished,
+            ]
+            known = next(group for group in like if group)
+            total += one.rows * sum(other.seconds for other in known) / sum(other.rows for other in known)
+    return total / jobs
+
+
+def schedule_table(suite: Suite, planned: Sequence[Planned]) -> Table:
+    """A line for each arm on each task."""
+    table = Table("task", "arm", "runs", "images", "evaluations", "took", title=f"suite {suite.name}")
+    lines: dict[tuple[str, str], list[Planned]] = {}
+    for one in sorted(planned, key=lambda one: list(suite.tasks).index(one.cell.task)):
+        lines.setdefault((one.cell.task, one.cell.arm), []).append(one)
+    for (task, arm), runs in lines.items():
+        counts = {state: sum(run.state == state for run in runs) for state in (FINISHED, STARTED, FAILED)}
+        told = ", ".join([str(len(runs)), *(f"{count} {state}" for state, count in counts.items() if count)])
+        times = [run.seconds for run in runs if run.state == FINISHED]
+        took = duration(sum(times) / len(times)) if times else "-"
+        table.add_row(task, arm, told, f"{runs[0].images:,}", f"{runs[0].rows:,}", took)
+    table.caption = "Images, transformer evaluations of training and wall clock are of one run."
+    return table
+
+
+def outlook(planned: Sequence[Planned], jobs: int) -> str:
+    """How many runs there are to do, and how long they take, in words."""
+    left = [one for one in planned if one.state != FINISHED]
+    text = f"{len(planned) - len(left)} of {len(planned)} runs are finished"
+    if not left:
+        return text
+    seconds = remaining_seconds(planned, jobs)
+    if seconds is None:
+        return f"{text}; how long they take is known once the first one is"
+    return f"{text}; the others take about {duration(seconds)}, {jobs} at a time"
+
+
+def to_do(planned: Sequence[Planned], retry: bool) -> list[Job]:
+    """The runs to begin or to go on with; failed ones only on demand."""
+    wanted = {NEW, STARTED, FAILED} if retry else {NEW, STARTED}
+    return [one.job for one in planned if one.state in wanted]
+
+
+def failures(planned: Sequence[Planned]) -> Mapping[str, str]:
+    """Failed runs, and the last lines that they printed."""
+    return {str(one.cell): one.job.folder.last_words() for one in planned if one.state == FAILED}

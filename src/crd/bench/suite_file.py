@@ -1,0 +1,107 @@
+"""Suite files: YAML to a `Suite`, every key and value checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from crd.bench.suite import Suite, Sweep, Task
+from crd.config import CRDConfig
+from crd.errors import CRDError, told_of
+from crd.setting_checks import check_count, check_text
+from crd.text_files import known_fields, parse_yaml, read_text
+
+_NEEDED = ("name", "reference", "seeds", "tasks", "arms")
+
+
+def suites() -> list[str]:
+    """Names of the bundled suites."""
+    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
+
+
+def read_suite(source: str) -> Suite:
+    """A suite file, or a bundled suite by its name.
+
+    Raises:
+        CRDError: no such file, an unknown key, a missing one, or something that is not what it should be.
+    """
+    if source in suites() and not Path(source).exists():
+        text = _folder().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        missing = f"no suite at {source}; give a YAML file or one of {', '.join(suites())}"
+        text = read_text(Path(source), "suite", missing)
+    with told_of(f"suite {source}"):
+        return parse_suite(parse_yaml(text, source))
+
+
+def parse_suite(content: Any) -> Suite:
+    """The suite that parsed YAML describes.
+
+    Raises:
+        CRDError: as `read_suite`.
+    """
+    values = known_fields(_mapping(content, "a suite"), Suite, "key of a suite")
+    for name in _NEEDED:
+        if name not in values:
+            raise CRDError(f"{name} is missing; a suite has {', '.join(_NEEDED)}")
+    for name in ("name", "reference"):
+        check_text(name, values[name], "a suite")
+    if not isinstance(values["seeds"], list):
+        raise CRDError(f"seeds of a suite must be a list of integers, got {values['seeds']!r}")
+    for seed in values["seeds"]:
+        check_count("seeds", seed, "a suite", 0)
+    return Suite(
+        name=values["name"],
+        reference=values["reference"],
+        seeds=tuple(values["seeds"]),
+        tasks={name: _task(name, one) for name, one in _mapping(values["tasks"], "tasks").items()},
+        arms=_settings_by_arm(values["arms"], "arms"),
+        about=" ".join(str(values.get("about", "")).split()),
+        settings=_mapping(values.get("settings"), "settings"),
+        groups={name: _arms(one, name) for name, one in _mapping(values.get("groups"), "groups").items()},
+        sweeps={name: _sweep(name, one) for name, one in _mapping(values.get("sweeps"), "sweeps").items()},
+    )
+
+
+def _task(name: str, content: Any) -> Task:
+    values = known_fields(_mapping(content, f"tasks.{name}"), Task, "key of a task")
+    check_text("recipe", values.get("recipe"), f"task {name}")
+    return Task(
+        values["recipe"],
+        _mapping(values.get("settings"), f"settings of task {name}"),
+        _settings_by_arm(values.get("arms"), f"arms of task {name}"),
+    )
+
+
+def _sweep(name: str, content: Any) -> Sweep:
+    values = known_fields(_mapping(content, f"sweeps.{name}"), Sweep, "key of a sweep")
+    check_text("field", values.get("field"), f"sweep {name}")
+    for key in ("field", "by"):
+        if (given := values.get(key)) is not None and given not in CRDConfig.__dataclass_fields__:
+            raise CRDError(f"{key} of sweep {name} must be a field of the configuration, got {given!r}")
+    return Sweep(values["field"], _arms(values.get("arms"), f"sweep {name}"), values.get("by"))
+
+
+def _settings_by_arm(content: Any, what: str) -> dict[str, Mapping[str, Any]]:
+    return {name: _mapping(one, f"{name} of {what}") for name, one in _mapping(content, what).items()}
+
+
+def _arms(content: Any, what: str) -> tuple[str, ...]:
+    if not isinstance(content, list) or not content or not all(isinstance(arm, str) for arm in content):
+        raise CRDError(f"{what} must be a list of arms, got {content!r}")
+    return tuple(content)
+
+
+def _mapping(content: Any, what: str) -> dict[str, Any]:
+    """`key: value` lines; none is none."""
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CRDError(f"{what} must be `key: value` lines, got {content!r}")
+    return content
+
+
+def _folder() -> Any:
+    return files("crd.bench").joinpath("suites")

@@ -1,0 +1,214 @@
+"""report.md: what a benchmark found, in tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from crd.atomic import replace_file
+from crd.bench.analysis import SHARE, Interval, ratio_over_seeds
+from crd.bench.collect import Outcome
+from crd.bench.compare import (
+    DRIFT,
+    EQUAL_REWARD,
+    OWN_IMAGES,
+    PEAK,
+    REFERENCE_IMAGES,
+    REWARD_BY_SECONDS,
+    SECONDS,
+    SPEED,
+    Comparison,
+    compare_task,
+    measure_title,
+    told_scores,
+)
+from crd.bench.suite import Suite
+from crd.errors import CRDError
+from crd.report.words import duration, number, signed
+
+REPORT_FILE = "report.md"
+_DASH = "–"
+_READING = f"""Means over the seeds with 95% intervals of Student's t; few seeds make them wide, and one gives none.
+Differences and ratios are to the reference arm, paired by seed; bold where the interval excludes 0, or 1 for a ratio.
+Intervals are not corrected for their number. "Reward" is that on the evaluation prompts, "{SHARE:.0%} of its gain" the
+first crossing of start + {SHARE} (end - start) between evaluations, "at equal reward" the mean difference of the drift
+curves over the rewards that both runs have passed. docs/benchmarks.md defines all of it."""
+
+
+def write_report(
+    out: Path, suite: Suite, outcomes: Sequence[Outcome], failed: Mapping[str, str], figures: Sequence[Path]
+) -> Path:
+    """Write report.md.
+
+    Args:
+        out: folder of the benchmark.
+        suite: of it.
+        outcomes: of its runs.
+        failed: runs that failed, and what they printed last.
+        figures: pictures in `out`, shown in their order.
+
+    Raises:
+        CRDError: it cannot be written.
+    """
+    parts = [f"# {suite.name}", suite.about, f"Reference arm: {suite.reference}. {_READING}", *_measured_on(outcomes)]
+    for task in suite.tasks:
+        comparison = compare_task([one for one in outcomes if one.cell.task == task], suite.reference)
+        parts.append(f"## {task}")
+        if comparison is None:
+            parts.append("No run is finished.")
+            continue
+        parts += _bases([one for one in outcomes if one.cell.task == task], comparison)
+        for name, arms in suite.tables().items():
+            present = [arm for arm in arms if arm in comparison.arms]
+            if present:
+                parts += [f"### {name}"] if name else []
+                parts.append(_table(comparison, present))
+        if comparison.other_anchor:
+            parts.append(f"Without a distance to the anchor, because theirs is another one than the reference's: "
+                         f"{', '.join(comparison.other_anchor)}.")  # fmt: skip
+        parts += [f"![{path.stem}]({path.name})" for path in figures if path.stem.startswith(f"{task}-")]
+    if failed:
+        parts += ["## Failed runs", "\n".join(f"- {cell}: {words}" for cell, words in failed.items())]
+    path = out / REPORT_FILE
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    try:
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise CRDError(f"cannot write {path}: {error}; free space") from error
+    return path
+
+
+def _measured_on(outcomes: Sequence[Outcome]) -> list[str]:
+    """Processors, commits and versions; several where the runs have several."""
+    attempts = [attempt for one in outcomes for attempt in one.attempts]
+    if not attempts:
+        return []
+    facts = {
+        "processor": {f"{one.processor}, {one.cores} cores" for one in attempts},
+        "runs at a time x threads": {f"{one.jobs} x {one.threads}" for one in attempts},
+        "commit": {one.commit or "not in git" for one in attempts},
+        "Python": {str(one.environment.get("python", "unknown")) for one in outcomes},
+        "torch": {str(one.environment.get("packages", {}).get("torch", "unknown")) for one in outcomes},
+    }
+    return ["; ".join(f"{name}: {' and '.join(sorted(values))}" for name, values in facts.items()) + "."]
+
+
+def _bases(outcomes: Sequence[Outcome], comparison: Comparison) -> list[str]:
+    """The base model without and with guidance, from the runs of the reference arm."""
+    runs = [one for one in outcomes if one.finished and one.cell.arm == comparison.reference]
+    if not runs:
+        return []
+    states = [("base model, no guidance", [{n: float(v[0]) for n, v in one.curve.values.items()} for one in runs])]
+    guided = [one.guided for one in runs if one.guided]
+    if guided:
+        states.append((f"base model, guidance {runs[0].anchor_guidance:g}", [dict(one) for one in guided]))
+    names = ("reward", *comparison.scores)
+    rows = [
+        [label, *(number(sum(one[name] for one in found) / len(found)) if all(name in one for one in found) else _DASH
+                  for name in names)]
+        for label, found in states
+    ]  # fmt: skip
+    return [_markdown(["", *map(measure_title, names)], rows)]
+
+
+def _table(comparison: Comparison, arms: Sequence[str]) -> str:
+    """A column for each arm, a row for each measure."""
+    table, share, reference = _Rows(comparison, arms), f"{SHARE:.0%}", comparison.reference
+    table.add("seeds", lambda arm: str(len(comparison.arms[arm])))
+    table.mean(f"reward at {comparison.images:,.0f} images", "reward")
+    table.difference("reward")
+    table.mean(f"reward at {duration(comparison.seconds)} of training", REWARD_BY_SECONDS)
+    table.difference(REWARD_BY_SECONDS)
+    table.add(f"images to {share} of its gain", lambda arm: _reached(comparison, arm, OWN_IMAGES))
+    table.versus(f"divided by {reference}'s images to there", lambda arm: _speed(comparison, arm))
+    table.add(f"images to {share} of {reference}'s gain", lambda arm: _reached(comparison, arm, REFERENCE_IMAGES))
+    for name in told_scores(comparison):
+        table.mean(measure_title(name), name)
+        table.difference(name)
+        if name in comparison.scores:
+            table.mean("mean change over its rewards", f"{DRIFT}{name}")
+            table.at_equal_reward(name)
+    for label, measure, form in (("peak memory, GB", PEAK, _gigabytes), ("training, s", SECONDS, _whole)):
+        table.mean(label, measure, form)
+        table.ratio(measure)
+    return _markdown(["", *arms], table.rows)
+
+
+class _Rows:
+    """Rows of a table whose columns are arms; what compares with the reference arm is empty for that arm."""
+
+    def __init__(self, comparison: Comparison, arms: Sequence[str]) -> None:
+        self._of, self._arms = comparison, arms
+        self.rows: list[list[str]] = []
+
+    def add(self, label: str, cell: Callable[[str], str]) -> None:
+        self.rows.append([label, *map(cell, self._arms)])
+
+    def versus(self, label: str, cell: Callable[[str], str]) -> None:
+        self.add(label, lambda arm: "" if arm == self._of.reference else cell(arm))
+
+    def mean(self, label: str, measure: str, form: Callable[[float], str] = number) -> None:
+        self.add(label, lambda arm: _plain(self._of.mean(arm, measure), form))
+
+    def difference(self, measure: str) -> None:
+        self.versus("difference", lambda arm: _signed(self._of.difference(arm, measure)))
+
+    def at_equal_reward(self, score: str) -> None:
+        self.versus("difference at equal reward", lambda arm: _signed(self._of.mean(arm, f"{EQUAL_REWARD}{score}")))
+
+    def ratio(self, measure: str) -> None:
+        self.versus("ratio", lambda arm: _ratio(self._of.ratio(arm, measure)))
+
+
+def _plain(found: Interval, form: Callable[[float], str] = number) -> str:
+    if math.isnan(found.mean):
+        return _DASH
+    if math.isnan(found.low):
+        return form(found.mean)
+    return f"{form(found.mean)} [{form(found.low)}, {form(found.high)}]"
+
+
+def _signed(found: Interval) -> str:
+    if math.isnan(found.low):
+        return signed(found.mean)
+    text = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
+    return f"**{text}**" if found.excludes(0) else text
+
+
+def _ratio(found: Interval) -> str:
+    text = _plain(found, "{:.2f}".format)
+    return f"**{text}**" if found.excludes(1) else text
+
+
+def _whole(count: float) -> str:
+    return f"{count:,.0f}"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def _reached(comparison: Comparison, arm: str, measure: str) -> str:
+    """Images; where some seeds never get there, how many do."""
+    known = [value for value in comparison.values(arm, measure) if not math.isnan(value)]
+    reached = [value for value in known if math.isfinite(value)]
+    if not known:
+        return _DASH
+    if len(reached) < len(known):
+        return f"reached by {len(reached)} of {len(known)}"
+    return _plain(comparison.mean(arm, measure), _whole)
+
+
+def _speed(comparison: Comparison, arm: str) -> str:
+    """How many times the reference's images an arm takes to 90% of its gain."""
+    known = [value for value in comparison.values(arm, SPEED) if not math.isnan(value)]
+    there = sum(value > 0 for value in known)
+    if there < len(known):
+        return f"{comparison.reference} gets there with {there} of {len(known)} seeds"
+    return _ratio(ratio_over_seeds(known))
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

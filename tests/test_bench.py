@@ -1,0 +1,186 @@
+"""`crd bench` for real: small runs in their own processes, stopped and gone on with, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from subprocesses import IMPORTED_FROM
+
+from crd.bench.runner import alone
+from crd.bench.schedule import plan_cells, to_do
+from crd.bench.suite_file import read_suite
+from crd.cli import main
+from crd.config import CRDConfig
+from crd.errors import CRDError
+from crd.eval_record import read_record
+
+UPDATES = 3
+
+
+@pytest.fixture(scope="module")
+def suite_file(base_config: CRDConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms, and one whose run fails: no module of the model is called `nowhere`."""
+    folder = tmp_path_factory.mktemp("suite")
+    recipe = replace(
+        base_config, rewards=("reward_functions:slow_brightness",), held_out=("reward_functions:darkness",),
+        updates=UPDATES, group_size=2, eval_images=2, eval_every=1, save_every=1, alarm="warn", anchor_guidance=2.0,
+    )  # fmt: skip
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    suite = {
+        "name": "tiny", "reference": "plain", "seeds": [0], "about": "Seconds.",
+        "tasks": {"bright": {"recipe": str(folder / "recipe.yaml")}},
+        "arms": {"plain": {}, "strong": {"kl_max": 1.0}, "broken": {"lora_targets": ["nowhere"]}},
+        "sweeps": {"kl": {"field": "kl_max", "arms": ["plain", "strong"]}},
+    }  # fmt: skip
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench") / "out"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def attempts(out: Path, arm: str) -> list[dict[str, Any]]:
+    return lines(out / f"bright/{arm}/seed-0/attempts.jsonl")
+
+
+def terminate_when_trained(metrics: Path, updates: int) -> None:
+    """SIGTERM to this process once a run has made so many updates."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_text().count('"train"') >= updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        time.sleep(0.02)
+
+
+def test_a_suite_is_run_stopped_gone_on_with_and_summarised(
+    suite_file: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", IMPORTED_FROM)
+    bench = ["bench", str(suite_file), "--output_dir", str(out)]
+    assert main([*bench, "--dry-run"]) == 0
+    assert "0 of 3 runs are finished; how long they take is known once the first one is" in capsys.readouterr().out
+    assert not out.exists()
+
+    first = out / "bright/plain/seed-0"
+    watcher = threading.Thread(target=terminate_when_trained, args=(first / "run/metrics.jsonl", 1))
+    watcher.start()
+    assert main(bench) == 130
+    watcher.join()
+    assert "the same command goes on" in capsys.readouterr().err
+    (stopped,) = attempts(out, "plain")
+    assert (stopped["stopped"], stopped["status"]) == (True, -signal.SIGTERM)
+    assert not (first / "run/summary.json").exists()
+    with alone(out):  # no process was left behind
+        pass
+
+    assert main([*bench, "--jobs", "2"]) == 2
+    told = capsys.readouterr()
+    assert "3, 1 started" not in told.out
+    assert "start bright/plain/seed-0" in told.out
+    assert "done bright/plain/seed-0" in told.out
+    assert "the others take about" in told.out
+    assert "failed bright/broken/seed-0 after" in told.out
+    assert "nowhere" in told.out  # its last words
+    assert told.err.startswith("crd: 1 of 3 runs failed, bright/broken/seed-0; see log.txt")
+    assert [one["stopped"] for one in attempts(out, "plain")] == [True, False]
+    assert f"update {UPDATES}/{UPDATES}" in (first / "log.txt").read_text()
+    for one in attempts(out, "plain"):
+        assert one["peak_bytes"] > 10**8
+        assert one["cpu_seconds"] > 0
+
+
+def test_what_is_finished_or_has_failed_is_not_run_again(
+    suite_file: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = (out / "results.jsonl").read_text()
+    (out / "report.md").unlink()
+    assert main(["bench", str(suite_file), "--output_dir", str(out)]) == 2
+    told = capsys.readouterr().out
+    assert "start bright" not in told
+    assert "failed: bright/broken/seed-0: " in told
+    assert "--retry tries again" in told
+    assert [len(attempts(out, arm)) for arm in ("plain", "strong", "broken")] == [2, 1, 1]
+    assert (out / "results.jsonl").read_text() == kept
+    assert "## Failed runs" in (out / "report.md").read_text()
+    suite = read_suite(str(suite_file))
+    planned = plan_cells(suite, suite.cells(), out, 1)
+    assert [one.state for one in planned] == ["finished", "finished", "failed"]
+    assert to_do(planned, retry=False) == []
+    (again,) = to_do(planned, retry=True)
+    assert again.folder.cell.arm == "broken"
+
+
+def test_results_are_those_of_the_runs(out: Path) -> None:
+    results, cells = lines(out / "results.jsonl"), lines(out / "cells.jsonl")
+    assert len(results) == 2 * (UPDATES + 1)
+    assert [(one["arm"], one["seed"]) for one in cells] == [("plain", 0), ("strong", 0)]
+    for cell in cells:
+        points = [one for one in results if one["arm"] == cell["arm"]]
+        run = out / f"bright/{cell['arm']}/seed-0/run"
+        kept = lines(run / "metrics.jsonl")
+        evaluated = [one for one in kept if one["kind"] == "eval"]
+        assert [one["reward"] for one in points] == [one["reward"] for one in evaluated]
+        assert [one["update"] for one in points] == [0, 1, 2, 3]
+        assert [one["images"] for one in points] == [0, 4, 8, 12]
+        # An update: 4 images x 2 steps; 8 rows of `old`, of the policy, twice of backward and of the guided anchor.
+        assert [one["transformer_evaluations"] for one in points] == [0, 56, 112, 168]
+        seconds = [one["seconds"] for one in kept if one["kind"] == "train"]
+        assert points[-1]["seconds"] == pytest.approx(sum(seconds)) == cell["training_seconds"]
+        training = [one["kl"] for one in kept if one["kind"] == "train"]
+        assert [one.get("train_kl") for one in points] == [None, *training]
+        assert points[-1]["held_out_darkness"] + points[-1]["reward"] == pytest.approx(1.0, abs=1e-4)
+        assert points[-1]["diversity"] > 0
+        assert cell["state"] == "finished"
+        guided = read_record(run / "evaluations/base-cfg-2.json").metrics()
+        assert cell["guided_base"] == pytest.approx(guided)
+        assert cell["settings"]["kl_max"] == (1.0 if cell["arm"] == "strong" else 0.1)
+        assert cell["environment"]["packages"]["torch"]
+
+
+def test_other_settings_and_a_folder_in_use_are_refused(
+    suite_file: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(suite_file.read_text().replace("kl_max: 1.0", "kl_max: 2.0"))
+    assert main(["bench", str(other), "--output_dir", str(out)]) == 2
+    assert "was made with kl_max=1.0, the suite asks for 2.0; choose another --output_dir" in capsys.readouterr().err
+    with alone(out):
+        assert main(["bench", str(suite_file), "--output_dir", str(out)]) == 2
+        assert "works in" in capsys.readouterr().err
+        with pytest.raises(CRDError, match="wait for it"), alone(out):
+            pass
+    assert main(["bench", str(suite_file), "--output_dir", str(tmp_path / "none"), "--summary"]) == 2
+    assert "has been evaluated yet" in capsys.readouterr().err
+
+
+def test_a_summary_is_made_from_the_run_folders_alone(suite_file: Path, out: Path) -> None:
+    names = ("results.jsonl", "cells.jsonl", "report.md")
+    before = {name: (out / name).read_text() for name in names}
+    for name in names:
+        (out / name).unlink()
+    assert main(["bench", str(suite_file), "--output_dir", str(out), "--summary"]) == 0
+    assert {name: (out / name).read_text() for name in names} == before
+
+
+def test_nothing_but_numbers_in_results(out: Path) -> None:
+    for line in lines(out / "results.jsonl"):
+        for name, value in line.items():
+            assert isinstance(value, str) == (name in ("task", "arm"))
+            assert value is None or isinstance(value, str) or math.isfinite(value)

@@ -1,0 +1,159 @@
+"""The arms of a task side by side, in tables and figures: from runs whose numbers are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crd.bench.analysis import Curve
+from crd.bench.cells import FAILED, FINISHED, STARTED, Attempt
+from crd.bench.collect import Outcome
+from crd.bench.compare import Comparison, compare_task
+from crd.bench.figures import COLORS, draw_figures
+from crd.bench.suite import Cell, Suite, Sweep, Task
+from crd.bench.tables import write_report
+
+HELD = "held_out_other"
+ARMS = ("crd", "slow", "hacks")
+ATTEMPT = Attempt("2026-01-01T00:00:00+00:00", 60.0, 50.0, 2 * 10**9, 0, False, 1, 2, "a processor", 2, "abc+")
+SUITE = Suite(
+    "made-up", "crd", (0, 1, 2), {"task": Task("ocr-demo")}, {arm: {} for arm in ARMS}, "Made up.",
+    sweeps={"beta": Sweep("beta", ("crd", "slow"))},
+)  # fmt: skip
+
+
+def outcome(arm: str, seed: int, rewards: list[float], held: list[float], *, seconds: float = 10.0, peak: int = 2,
+            anchor: float = 4.5, state: str = FINISHED) -> Outcome:  # fmt: skip
+    """A run of 100 images an evaluation; everything is shifted a little by the seed."""
+    update, shift = np.arange(len(rewards), dtype=np.float64), 0.01 * seed
+    values = {
+        "reward": np.array(rewards) + shift, HELD: np.array(held) + shift,
+        "kl_to_anchor": 0.5 * update + shift, "diversity": 0.3 - 0.01 * update,
+        "train_kl": np.where(update > 0, 0.1 * update, math.nan),
+    }  # fmt: skip
+    attempt = Attempt(**{**ATTEMPT.__dict__, "peak_bytes": peak * 10**9})
+    return Outcome(
+        Cell("task", arm, seed), state, Curve(update, 100 * update, 1000 * update, seconds * update, values),
+        {"reward": 0.7, HELD: 0.4}, anchor, {"beta": {"crd": 1.0, "slow": 4.0, "hacks": 1.0}[arm]},
+        {"python": "3.11", "packages": {"torch": "2.13"}}, (attempt,),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def outcomes() -> list[Outcome]:
+    """`slow` gets half as far and costs twice the time and memory; `hacks` gets as far and pays with the score."""
+    return [
+        one
+        for seed in (0, 1, 2)
+        for one in (
+            outcome("crd", seed, [0.2, 0.6, 0.8], [0.5, 0.5, 0.5]),
+            outcome("slow", seed, [0.2, 0.4, 0.5], [0.5, 0.5, 0.5], seconds=20.0, peak=4),
+            outcome("hacks", seed, [0.2, 0.6, 0.8], [0.5, 0.3, 0.2], anchor=1.0),
+        )
+    ]
+
+
+@pytest.fixture
+def comparison(outcomes: list[Outcome]) -> Comparison:
+    found = compare_task(outcomes, "crd")
+    assert found is not None
+    return found
+
+
+def test_equal_images_and_equal_seconds(comparison: Comparison) -> None:
+    """All drew 200 images; the quickest trained 20 s, in which `slow` got to its first evaluation."""
+    assert (comparison.images, comparison.seconds) == (200.0, 20.0)
+    assert comparison.mean("slow", "reward").mean == pytest.approx(0.51)
+    assert comparison.difference("slow", "reward").mean == pytest.approx(-0.3)
+    assert comparison.mean("slow", "reward_by_seconds").mean == pytest.approx(0.41)
+    assert comparison.mean("crd", "reward_by_seconds").mean == pytest.approx(0.81)
+    for measure in ("peak_memory_bytes", "seconds"):
+        found = comparison.ratio("slow", measure)
+        assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_a_difference_is_paired_by_seed(comparison: Comparison) -> None:
+    """Seeds shift both arms alike: the mean is uncertain, the difference is not."""
+    mean, difference = comparison.mean("slow", "reward"), comparison.difference("slow", "reward")
+    assert mean.high - mean.low > 0.04
+    assert difference.high - difference.low < 1e-9
+    assert difference.excludes(0)
+
+
+def test_images_to_ninety_percent(comparison: Comparison) -> None:
+    """`crd`: 0.74 is reached at 170 images; `slow` gets to its own 0.47 at 170, `crd` is there after 67.5, and `slow`
+    never gets to 0.74."""
+    assert comparison.values("crd", "images_to_own_gain") == pytest.approx([170.0] * 3)
+    assert comparison.values("slow", "images_to_own_gain") == pytest.approx([170.0] * 3)
+    assert comparison.values("slow", "reference_speed") == pytest.approx([170 / 67.5] * 3)
+    assert comparison.values("slow", "images_to_reference_gain") == [math.inf] * 3
+
+
+def test_drift_at_equal_reward(comparison: Comparison) -> None:
+    """`hacks`: the score falls by 0.1 on average from 0.2 to 0.6 and by 0.25 from there to 0.8."""
+    fall = (0.4 * 0.1 + 0.2 * 0.25) / 0.6
+    assert comparison.mean("hacks", f"at_equal_reward_{HELD}").mean == pytest.approx(-fall)
+    assert comparison.mean("hacks", f"drift_{HELD}").mean == pytest.approx(-fall)
+    assert comparison.mean("slow", f"at_equal_reward_{HELD}").mean == pytest.approx(0.0)
+
+
+def test_the_distance_to_another_anchor_is_left_out(comparison: Comparison) -> None:
+    assert comparison.other_anchor == ("hacks",)
+    assert math.isnan(comparison.mean("hacks", "kl_to_anchor").mean)
+    assert comparison.mean("slow", "kl_to_anchor").mean == pytest.approx(1.01)
+
+
+def test_unfinished_runs_and_missing_seeds_are_left_out(outcomes: list[Outcome]) -> None:
+    late = [outcome("crd", 7, [0.0, 0.0], [0.0, 0.0], state=STARTED), outcome("slow", 7, [0.9, 0.9, 0.9], [0.0] * 3)]
+    found = compare_task([*outcomes, *late], "crd")
+    assert found is not None
+    assert found.images == 200.0
+    assert (found.mean("slow", "reward").seeds, found.difference("slow", "reward").seeds) == (4, 3)
+    assert found.difference("slow", "reward").mean == pytest.approx(-0.3)
+    assert compare_task([outcome("crd", 0, [0.1], [0.1], state=FAILED)], "crd") is None
+
+
+def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
+    text = write_report(tmp_path, SUITE, outcomes, {"task/slow/seed-9": "out of memory"}, []).read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[:4] == [
+        ["", "Reward", "Held out: other"], ["---"] * 3,
+        ["base model, no guidance", "0.210", "0.510"], ["base model, guidance 4.5", "0.700", "0.400"],
+    ]  # fmt: skip
+    assert rows[4] == ["", *ARMS]
+    table = iter(rows[6:])
+    assert next(table) == ["seeds", "3", "3", "3"]
+    high, low = "0.810 [0.785, 0.835]", "0.510 [0.485, 0.535]"
+    assert next(table) == ["reward at 200 images", high, low, high]
+    assert next(table)[:3] == ["difference", "", "**−0.300 [−0.300, −0.300]**"]
+    assert next(table)[:2] == ["reward at 20 s of training", high]
+    assert next(table)[:2] == ["difference", ""]
+    assert next(table)[:3] == ["images to 90% of its gain", "170 [170, 170]", "170 [170, 170]"]
+    assert next(table)[:3] == ["divided by crd's images to there", "", "**2.52 [2.52, 2.52]**"]
+    assert next(table)[:3] == ["images to 90% of crd's gain", "170 [170, 170]", "reached by 0 of 3"]
+    told = {row[0]: row[1:] for row in table}
+    assert told["difference at equal reward"][2] == "**−0.150 [−0.150, −0.150]**"
+    assert told["KL to the anchor"][2] == "–"
+    assert told["peak memory, GB"] == ["2.00 [2.00, 2.00]", "4.00 [4.00, 4.00]", "2.00 [2.00, 2.00]"]
+    assert rows[-2:] == [["training, s", *(f"{s} [{s}, {s}]" for s in (20, 40, 20))],
+                         ["ratio", "", "**2.00 [2.00, 2.00]**", "1.00 [1.00, 1.00]"]]  # fmt: skip
+    assert "hacks" in text.split("Without a distance to the anchor")[1].splitlines()[0]
+    assert "a processor, 2 cores; runs at a time x threads: 2 x 1; commit: abc+" in text
+    assert "- task/slow/seed-9: out of memory" in text
+
+
+def test_figures_are_drawn_for_groups_and_sweeps(outcomes: list[Outcome], tmp_path: Path) -> None:
+    written = draw_figures(tmp_path, SUITE, outcomes)
+    assert [path.name for path in written] == ["task-arms.svg", "task-sweep-beta.svg"]
+    svg = written[0].read_text()
+    for color in COLORS[:3]:
+        assert color in svg
+    with Image.open(written[0].with_suffix(".png")) as picture:
+        assert picture.width > 1000
+    text = write_report(tmp_path, SUITE, outcomes, {}, written).read_text()
+    assert "![task-arms](task-arms.svg)" in text
+    assert "Failed" not in text

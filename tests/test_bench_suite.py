@@ -1,0 +1,158 @@
+"""Suite files: what they mean, what is refused, and that the bundled ones hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from crd.bench.checks import check_runs, rows_per_update
+from crd.bench.suite import Cell
+from crd.bench.suite_file import parse_suite, read_suite, suites
+from crd.config_io import load_config
+from crd.errors import CRDError
+from crd.objectives import OBJECTIVES
+
+OUT = Path("out")
+
+
+def written(**changes: Any) -> dict[str, Any]:
+    """A suite as YAML holds it."""
+    content = {
+        "name": "small",
+        "reference": "crd",
+        "seeds": [0, 1],
+        "settings": {"updates": 5, "kl_max": 0.5},
+        "tasks": {
+            "ocr": {"recipe": "ocr-demo"},
+            "geneval": {"recipe": "geneval-tiny", "settings": {"updates": 7, "cooldown-updates": 0},
+                        "arms": {"loose": {"kl_max": 0.25}}},
+        },
+        "arms": {"crd": None, "loose": {"kl_max": 0.125}},
+    }  # fmt: skip
+    return {**content, **changes}
+
+
+def test_seeds_come_first_to_last_and_each_has_all_arms() -> None:
+    suite = parse_suite(written())
+    assert [str(cell) for cell in suite.cells()] == [
+        f"{task}/{arm}/seed-{seed}" for seed in (0, 1) for task in ("ocr", "geneval") for arm in ("crd", "loose")
+    ]
+    assert suite.cells(["ocr"], ["loose"], [1]) == [Cell("ocr", "loose", 1)]
+
+
+def test_settings_of_an_arm_go_over_those_of_the_task_and_these_over_the_suites() -> None:
+    suite = parse_suite(written())
+    found = {str(cell): suite.config(cell, OUT, 3) for cell in suite.cells(seeds=[1])}
+    assert found["ocr/crd/seed-1"] == replace(
+        load_config("ocr-demo"), updates=5, kl_max=0.5, seed=1, output_dir="out", threads=3
+    )
+    assert {name: (one.updates, one.kl_max) for name, one in found.items()} == {
+        "ocr/crd/seed-1": (5, 0.5), "ocr/loose/seed-1": (5, 0.125),
+        "geneval/crd/seed-1": (7, 0.5), "geneval/loose/seed-1": (7, 0.25),
+    }  # fmt: skip
+
+
+def test_the_reference_is_in_every_table() -> None:
+    arms = {name: {} for name in ("crd", "a", "b")}
+    content = written(arms=arms, tasks={"ocr": {"recipe": "ocr-demo"}}, groups={"one": ["a"], "two": ["b", "crd"]})
+    suite = parse_suite(content)
+    assert suite.tables() == {"one": ("crd", "a"), "two": ("crd", "b")}
+    assert replace(suite, groups={}).tables() == {"": ("crd", "a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arm": {}}, "unknown key of a suite 'arm'; did you mean 'arms'"),
+        ({"seeds": []}, "at least one task and one seed"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"seeds": [-1]}, "a whole number of at least 0"),
+        ({"seeds": "0"}, "must be a list of integers"),
+        ({"reference": "old"}, "reference names the arm 'old'; known: crd, loose"),
+        ({"name": "Größe"}, "names are also names of files"),
+        ({"arms": {"crd": {}, "../up": {}}}, "names are also names of files"),
+        ({"arms": {"crd": {}, "loose": ["kl_max"]}}, "loose of arms must be `key: value` lines"),
+        ({"tasks": {"ocr": {}}}, "recipe of task ocr must be text"),
+        ({"tasks": {"ocr": {"recipe": "ocr-demo", "arm": {}}}}, "unknown key of a task 'arm'"),
+        ({"tasks": {"ocr": {"recipe": "ocr-demo", "arms": {"x": {}}}}}, "tasks.ocr.arms names the arm 'x'"),
+        ({"groups": {"one": ["x"]}}, "one names the arm 'x'"),
+        ({"groups": {"one": "crd"}}, "one must be a list of arms"),
+        ({"sweeps": {"s": {"field": "kl", "arms": ["crd"]}}}, "field of sweep s must be a field of the configuration"),
+        ({"arms": {"crd": {}, "loose": {}, **{f"a{n}": {} for n in range(7)}}}, "has 9 arms"),
+        ({"tasks": None}, "at least one task"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_suite_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CRDError, match=message.replace("(", r"\(")):
+        parse_suite(written(**change))
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"name": "mine", "reference": "crd"}))
+    with pytest.raises(CRDError, match="seeds is missing"):
+        read_suite(str(path))
+    with pytest.raises(CRDError, match="no suite at nowhere; give a YAML file or one of ablations, head-to-head"):
+        read_suite("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"kl_maks": 1}, "arm loose: unknown configuration key 'kl_maks'; did you mean 'kl_max'"),
+        ({"seed": 3}, "arm loose: seed follows from the suite's seeds"),
+        ({"output-dir": "x"}, "arm loose: output_dir follows from"),
+        ({"eval_prompts": None}, "eval_prompts must name prompts"),
+        ({"alarm": "stop"}, "alarm must not be stop"),
+        ({"objective": "nothing"}, "arm loose: unknown objective 'nothing'"),
+        ({"rewards": "nothing"}, "unknown reward 'nothing'"),
+        ({"height": 17}, "arm loose: .*17"),
+        ({"eval_steps": 3}, "task ocr: arms crd and loose cannot be compared: eval_steps is 10 and 3"),
+    ],
+    ids=str,
+)
+def test_runs_that_cannot_be_made_or_compared_are_refused(arm: dict[str, Any], message: str) -> None:
+    suite = parse_suite(written(tasks={"ocr": {"recipe": "ocr-demo"}}, arms={"crd": {}, "loose": arm}))
+    with pytest.raises(CRDError, match=f"suite small, .*{message}"):
+        check_runs(suite, suite.cells())
+
+
+def test_unknown_choices_are_refused() -> None:
+    suite = parse_suite(written())
+    with pytest.raises(CRDError, match="no arm 'x'; it has crd, loose"):
+        suite.cells(arms=["x"])
+    with pytest.raises(CRDError, match="no seed 7; it has 0, 1"):
+        suite.cells(seeds=[7])
+
+
+def test_transformer_evaluations_of_an_update_by_hand() -> None:
+    """144 images x 10 steps, 288 rows each of `old`, policy and (twice, for guidance) the anchor, 288 backward."""
+    demo = load_config("ocr-demo")
+    assert rows_per_update(demo) == 1440 + 288 + 288 + 2 * 288 + 2 * 288
+    assert rows_per_update(replace(demo, kl_max=0.0)) == 1440 + 288 + 288 + 2 * 288
+
+
+@pytest.mark.parametrize("name", suites())
+def test_bundled_suites_hold(name: str) -> None:
+    suite = read_suite(name)
+    available = [arm for arm, settings in suite.arms.items() if settings.get("objective", "crd") in OBJECTIVES]
+    assert suite.reference in available
+    check_runs(suite, suite.cells(arms=available))
+    assert suite.name == name
+    assert suite.about
+
+
+def test_the_ablations_change_one_thing_and_draw_equally_many_images() -> None:
+    suite = read_suite("ablations")
+    configs = {cell.arm: suite.config(cell, OUT, 1) for cell in suite.cells(seeds=[0])}
+    for arm, config in configs.items():
+        assert config.prompts_per_update * config.group_size == 144, arm
+        assert (config != configs["crd"]) == (arm != "crd")
+        assert rows_per_update(config) <= rows_per_update(configs["crd"]), arm  # no step needs a second pass
+    told = {arm for arms in suite.tables().values() for arm in arms}
+    assert told == set(suite.arms)
