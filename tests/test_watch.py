@@ -104,6 +104,7 @@ def test_a_run_keeps_its_evaluations(watched: Path) -> None:
     assert (base.role, base.guidance) == ("anchor", 4.5)
     assert base.same_images(evaluation(watched, 5))
     assert evaluation(watched, 0).drift["kl_to_anchor"] > base.drift["kl_to_anchor"] == 0
+    assert base.drift["kl_to_base"] > evaluation(watched, 0).drift["kl_to_base"] == 0
 
 
 def test_the_kept_pictures_are_the_images(hacking: CRDConfig, watched: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class EvalRecord:
     scores: Mapping[str, np.ndarray]  # "reward", "reward_NAME", "held_out_NAME" -> (B,) float64
     statistics: Mapping[str, np.ndarray]  # of pixels, name -> (B,) float64
     diversity: np.ndarray  # (P,) float64, NaN for a prompt of one image
-    drift: Mapping[str, float]  # of the model: "kl_to_anchor", "velocity_norm", and what was asked for besides
+    drift: Mapping[str, float]  # "kl_to_anchor", "kl_to_base", "velocity_norm", and what was asked for besides
 
     def metrics(self) -> dict[str, float]:
         """Mean of everything where it applies; what applies nowhere is left out."""

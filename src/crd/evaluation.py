@@ -200,8 +200,8 @@ class Evaluator:
         self.held_out.check_answers(held_out, prompt_id)
         drift = velocity_drift(
             self.backbone, self.snapshots, self.engine, role, rollout, share, self.uncond,
-            guidance=settings.guidance, anchor_guidance=self.anchor_guidance, batch=settings.batch,
-            seed_name=(self.seed, EVAL_SEED, "drift"),
+            guidance=settings.guidance, anchor_guidance=self.anchor_guidance, base_guidance=self.settings.guidance,
+            batch=settings.batch, seed_name=(self.seed, EVAL_SEED, "drift"),
         )  # fmt: skip
         return EvalRecord(
             role=role,

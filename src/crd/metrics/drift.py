@@ -32,12 +32,14 @@ def velocity_drift(
     *,
     guidance: float,
     anchor_guidance: float,
+    base_guidance: float,
     batch: int,
     seed_name: Sequence[int | str],
 ) -> dict[str, float]:
-    """Distance of a model's velocities to those of the guided base model, and their size.
+    """Distances of a model's velocities to those of the base model, with guidance and without, and their size.
 
-        kl_to_anchor = mean (v(x_t) - v_anchor(x_t))^2,    velocity_norm = sqrt(mean v(x_t)^2)
+        kl_to_anchor = mean (v(x_t) - v_anchor(x_t))^2,    kl_to_base = mean (v(x_t) - v_base(x_t))^2,
+        velocity_norm = sqrt(mean v(x_t)^2)
 
     over the dimensions, the first `IMAGES` of the model's own images and `TIMES`.
 
@@ -51,6 +53,7 @@ def velocity_drift(
         uncond: encoding of "", name -> (1, ...).
         guidance: CFG scale of the model.
         anchor_guidance: CFG scale of `v_anchor`.
+        base_guidance: likewise of `v_base`; that of a model which is used without guidance.
         batch: rows per call of a network.
         seed_name: names the noise.
 
@@ -58,7 +61,7 @@ def velocity_drift(
     """
     share = share.first(IMAGES)
     counted = share.counted[share.rank].tolist()
-    sums = torch.zeros(3, dtype=torch.float64)  # of squared distances, of squares, of numbers
+    sums = torch.zeros(4, dtype=torch.float64)  # of squared distances to both, of squares, of numbers
     pairs = [(place, t) for place in range(len(counted)) for t in TIMES]
     for start in range(0, len(pairs), batch):
         chosen = pairs[start : start + batch]
@@ -70,13 +73,14 @@ def velocity_drift(
         t = t.to(x0)
         x_t, conditioning = interpolate(x0, noise, t), rollout.conditioning.select(place).gather()
         found = []
-        for name, scale in ((role, guidance), (ANCHOR, anchor_guidance)):
+        for name, scale in ((role, guidance), (ANCHOR, anchor_guidance), (ANCHOR, base_guidance)):
             with snapshots.use(name) as denoiser, engine.autocast():
                 found.append(guided_velocity(backbone, denoiser, x_t, t, conditioning, uncond, scale).double())
         own = [row for row, (index, _) in enumerate(chosen) if counted[index]]
-        velocity, anchor = (one[own] for one in found)
-        sums[:2] += torch.stack([(velocity - anchor).square().sum(), velocity.square().sum()]).cpu()
-        sums[2] += velocity.numel()
+        velocity, anchor, base = (one[own] for one in found)
+        squares = (velocity - anchor, velocity - base, velocity)
+        sums[:3] += torch.stack([one.square().sum() for one in squares]).cpu()
+        sums[3] += velocity.numel()
     total = engine.ranks.total(sums)
-    kl, square = (total[:2] / total[2]).tolist()
-    return {"kl_to_anchor": kl, "velocity_norm": square**0.5}
+    to_anchor, to_base, square = (total[:3] / total[3]).tolist()
+    return {"kl_to_anchor": to_anchor, "kl_to_base": to_base, "velocity_norm": square**0.5}

@@ -17,6 +17,7 @@ _NOT_DRAWN = frozenset({"images", "seconds", "optimizer_steps"})
 
 _HINTS = {
     "kl_to_anchor": "from the guided base",
+    "kl_to_base": "from the base without guidance",
     "stat_dark_pixel_fraction": "share of nearly black pixels",
     "stat_edge_density": "contrast along edges",
     "stat_color_entropy": "bits",
@@ -59,8 +60,8 @@ def _group(metric: str) -> int:
         return 0 if metric == "reward" else 1
     if metric.startswith(HELD_OUT):
         return 2
-    fixed = {"kl_to_anchor": 3, "kl": 4, "diversity": 5}
-    return fixed.get(metric, 6 if metric.startswith(STATISTIC) else 7)
+    fixed = {"kl_to_anchor": 3, "kl_to_base": 4, "kl": 5, "diversity": 6}
+    return fixed.get(metric, 7 if metric.startswith(STATISTIC) else 8)
 
 
 def _ordered(metrics: Iterable[str]) -> list[str]:
@@ -78,7 +79,7 @@ def _panel(runs: Sequence[Run], metric: str) -> dict[str, Any]:
         "metric": metric,
         "title": title(metric),
         "hint": _HINTS.get(metric, ""),
-        "more": _group(metric) == 7,
+        "more": _group(metric) == 8,
         "runs": [_lines(run, metric) for run in runs],
     }
 

@@ -12,6 +12,7 @@ MINUS = "\u2212"
 _TITLES = {
     "reward": "Reward",
     "kl_to_anchor": "KL to the anchor",
+    "kl_to_base": "KL to the base model",
     "kl": "KL in training",
     "diversity": "Diversity within a prompt",
     "velocity_norm": "Norm of the velocity",
