@@ -15,6 +15,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # Further arguments of the command behind a target: make demo ARGS="--seed 1", make test ARGS="-k centering".
 ARGS ?=
+# Runs at a time of make results and make results-quick, one CPU thread each.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
@@ -24,7 +26,7 @@ fresh = out=runs/$(1); n=2; while [ -e "$$out" ]; do out=runs/$(1)-$$n; n=$$((n+
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo train-ocr train-geneval pretrain test test-slow lint format bench clean
+.PHONY: help setup demo train-ocr train-geneval results-quick results pretrain test test-slow lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +41,13 @@ train-ocr: $(VENV)/.runtime ## the longer OCR recipe; a new folder runs/ocr-tiny
 
 train-geneval: $(VENV)/.runtime ## train it on its GenEval reward; a new folder runs/geneval-tiny*
 	@$(call fresh,geneval-tiny); set -x; $(BIN)/crd train geneval-tiny --output_dir "$$out" $(ARGS)
+
+results-quick: $(VENV)/.bench ## compare the objectives on small runs, about 40 minutes on 2 cores; resumable, in runs/bench-quick
+	$(BIN)/crd bench quick --output_dir runs/bench-quick --jobs $(JOBS) $(ARGS)
+
+results: $(VENV)/.bench ## the full comparison and the ablations, about 24 hours on 2 cores; resumable, in runs/bench-*
+	$(BIN)/crd bench head-to-head --output_dir runs/bench-head-to-head --jobs $(JOBS) $(ARGS)
+	$(BIN)/crd bench ablations --output_dir runs/bench-ablations --jobs $(JOBS) $(ARGS)
 
 pretrain: $(VENV)/.dev ## train the bundled model itself from scratch (hours); resumable, state in pretrain/
 	$(BIN)/python -m crd.tiny.pretrain $(ARGS)
@@ -80,7 +89,12 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[ocr]"
 	@touch $@
 
+# With the figures of a benchmark.
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[ocr,bench]"
+	@touch $(VENV)/.runtime $@
+
 # And what working on the code takes; it contains the above.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[dev]"
-	@touch $(VENV)/.runtime $@
+	@touch $(VENV)/.runtime $(VENV)/.bench $@

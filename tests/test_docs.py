@@ -18,6 +18,8 @@ from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
 from crd.backbones import FAMILIES
+from crd.bench.checks import check_runs
+from crd.bench.suite_file import parse_suite
 from crd.cli import _parser
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import config_from
@@ -89,6 +91,10 @@ def test_the_fields_a_resumed_run_may_change_are_listed() -> None:
 def test_yaml_blocks_are_valid_configurations(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block)
+        if "arms" in values:
+            suite = parse_suite(values)
+            check_runs(suite, suite.cells())
+            continue
         if "servers" in values:
             (tmp_path / "servers.yaml").write_text(block)
             remote_config(str(tmp_path / "servers.yaml"))

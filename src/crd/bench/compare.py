@@ -19,11 +19,11 @@ from crd.bench.analysis import (
     ratio_over_seeds,
     value_at,
 )
-from crd.bench.collect import TRAINING, Outcome
+from crd.bench.collect import Outcome
 from crd.eval_record import DIVERSITY, HELD_OUT
-from crd.report.words import title
 
-KL_TO_ANCHOR, TRAINING_KL = "kl_to_anchor", f"{TRAINING}kl"
+KL_TO_ANCHOR, KL_TO_BASE = "kl_to_anchor", "kl_to_base"
+STATE = (DIVERSITY, KL_TO_BASE, KL_TO_ANCHOR)  # of a model, told and drawn beside rewards and scores
 REWARD_BY_SECONDS = "reward_by_seconds"
 OWN_IMAGES, REFERENCE_IMAGES, SPEED = "images_to_own_gain", "images_to_reference_gain", "reference_speed"
 PEAK, SECONDS = "peak_memory_bytes", "seconds"
@@ -114,13 +114,7 @@ def _known(curve: Curve, scores: Sequence[str]) -> list[str]:
     return [score for score in scores if score in curve.values and not np.isnan(curve.values[score]).any()]
 
 
-def measure_title(name: str) -> str:
-    """A measure in words."""
-    return title(name.removeprefix(TRAINING))
-
-
 def told_scores(comparison: Comparison) -> list[str]:
-    """The measures that tables tell beside the reward: held-out scores, diversity, distances; those that apply."""
-    wanted = (*comparison.scores, DIVERSITY, KL_TO_ANCHOR, TRAINING_KL)
-    arms = comparison.arms
+    """What tables and figures tell beside the reward: held-out scores, diversity and distances, if they apply."""
+    wanted, arms = (*comparison.scores, *STATE), comparison.arms
     return [name for name in wanted if not all(math.isnan(v) for arm in arms for v in comparison.values(arm, name))]

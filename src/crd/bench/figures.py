@@ -10,10 +10,10 @@ import numpy as np
 
 from crd.bench.analysis import Curve
 from crd.bench.collect import Outcome
-from crd.bench.compare import KL_TO_ANCHOR, TRAINING_KL, Comparison, compare_task, measure_title
+from crd.bench.compare import KL_TO_ANCHOR, STATE, Comparison, compare_task, told_scores
 from crd.bench.suite import MOST_LINES, Suite, Sweep
 from crd.errors import CRDError
-from crd.eval_record import DIVERSITY
+from crd.report.words import title
 
 try:
     from matplotlib.axes import Axes
@@ -55,13 +55,12 @@ def draw_figures(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> list[P
 
 def _arms_figure(task: str, group: str, runs: Mapping[str, Sequence[Outcome]], comparison: Comparison) -> Figure:
     """Reward by images, transformer evaluations and seconds; the drift plane of each score; diversity; distances."""
-    names = {name for found in runs.values() for one in found for name in one.curve.values}
-    by_images = [name for name in (DIVERSITY, KL_TO_ANCHOR, TRAINING_KL) if name in names]
+    by_images = [name for name in told_scores(comparison) if name in STATE]
     figure, panels = _panels(3 + len(comparison.scores) + len(by_images))
     for place, (arm, found) in enumerate(runs.items()):
         line = _Line(arm, COLORS[place], _MARKERS[place], [one.curve for one in found])
         line.draw(panels[0], "images", lambda curve: curve.images, "reward")
-        line.draw(panels[1], "transformer evaluations", lambda curve: curve.transformer_evaluations, "reward")
+        line.draw(panels[1], "transformer evaluations, thousands", _thousands, "reward")
         line.draw(panels[2], "minutes of training", lambda curve: curve.seconds / 60, "reward")
         for panel, score in zip(panels[3:], comparison.scores, strict=False):
             line.draw(panel, "reward", lambda curve: curve.reward, score)
@@ -71,6 +70,10 @@ def _arms_figure(task: str, group: str, runs: Mapping[str, Sequence[Outcome]], c
     _draw_guided(panels, runs.get(comparison.reference, ()), comparison.scores)
     _finish(figure, panels[0], f"{task}, {group}" if group else task)
     return figure
+
+
+def _thousands(curve: Curve) -> np.ndarray:
+    return curve.transformer_evaluations / 1000
 
 
 class _Line:
@@ -91,7 +94,7 @@ class _Line:
             value = np.mean([one[:points] for _, one in pairs], axis=0)
             panel.plot(across, value, color=self.color, linewidth=2, marker=self.marker, markersize=4, label=self.arm)
         panel.set_xlabel(x_name)
-        panel.set_title(measure_title(name), fontsize=10)
+        panel.set_title(title(name), fontsize=10)
 
 
 def _draw_guided(panels: Sequence[Axes], reference: Sequence[Outcome], scores: Sequence[str]) -> None:
@@ -111,14 +114,13 @@ def _draw_guided(panels: Sequence[Axes], reference: Sequence[Outcome], scores: S
 
 def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], comparison: Comparison) -> Figure:
     """Reward, scores and distances at the end against a setting, with intervals over seeds."""
-    told = [*comparison.scores, DIVERSITY, KL_TO_ANCHOR, TRAINING_KL]
-    measures = ["reward", *(one for one in told if any(one in run.curve.values for run in done))]
+    measures = ["reward", *told_scores(comparison)]
     figure, panels = _panels(len(measures))
     lines: dict[str, list[tuple[float, str]]] = {}
     for arm in sweep.arms:
         of_arm = [one for one in done if one.cell.arm == arm]
         if of_arm:
-            by = "all" if sweep.by is None else f"{sweep.by}: {of_arm[0].settings[sweep.by]}"
+            by = "" if sweep.by is None else f"{sweep.by}: {of_arm[0].settings[sweep.by]}"
             lines.setdefault(by, []).append((float(of_arm[0].settings[sweep.field]), arm))
     for place, (label, points) in enumerate(sorted(lines.items())):
         points.sort()
@@ -127,8 +129,8 @@ def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], c
             found = [comparison.mean(arm, measure) for _, arm in points]
             ends = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
             panel.errorbar(across, [one.mean for one in found], yerr=np.nan_to_num(ends), color=COLORS[place],
-                           marker=_MARKERS[place], linewidth=2, capsize=3, label=label)  # fmt: skip
-            panel.set_title(measure_title(measure), fontsize=10)
+                           marker=_MARKERS[place], linewidth=2, capsize=3, label=label or None)  # fmt: skip
+            panel.set_title(title(measure), fontsize=10)
             panel.set_xlabel(sweep.field)
             if all(value > 0 for one in lines.values() for value, _ in one):
                 panel.set_xscale("log")

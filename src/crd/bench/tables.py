@@ -20,12 +20,11 @@ from crd.bench.compare import (
     SPEED,
     Comparison,
     compare_task,
-    measure_title,
     told_scores,
 )
 from crd.bench.suite import Suite
 from crd.errors import CRDError
-from crd.report.words import duration, number, signed
+from crd.report.words import duration, number, signed, title
 
 REPORT_FILE = "report.md"
 _DASH = "–"
@@ -109,7 +108,7 @@ def _bases(outcomes: Sequence[Outcome], comparison: Comparison) -> list[str]:
                   for name in names)]
         for label, found in states
     ]  # fmt: skip
-    return [_markdown(["", *map(measure_title, names)], rows)]
+    return [_markdown(["", *map(title, names)], rows)]
 
 
 def _table(comparison: Comparison, arms: Sequence[str]) -> str:
@@ -124,7 +123,7 @@ def _table(comparison: Comparison, arms: Sequence[str]) -> str:
     table.versus(f"divided by {reference}'s images to there", lambda arm: _speed(comparison, arm))
     table.add(f"images to {share} of {reference}'s gain", lambda arm: _reached(comparison, arm, REFERENCE_IMAGES))
     for name in told_scores(comparison):
-        table.mean(measure_title(name), name)
+        table.mean(title(name), name)
         table.difference(name)
         if name in comparison.scores:
             table.mean("mean change over its rewards", f"{DRIFT}{name}")
