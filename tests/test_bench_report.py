@@ -22,7 +22,7 @@ ARMS = ("crd", "slow", "hacks")
 ATTEMPT = Attempt("2026-01-01T00:00:00+00:00", 60.0, 50.0, 2 * 10**9, 0, False, 1, 2, "a processor", 2, "abc+")
 SUITE = Suite(
     "made-up", "crd", (0, 1, 2), {"task": Task("ocr-demo")}, {arm: {} for arm in ARMS}, "Made up.",
-    sweeps={"beta": Sweep("beta", ("crd", "slow"))},
+    tell=("train_kl",), sweeps={"beta": Sweep("beta", ("crd", "slow"))},
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def outcome(arm: str, seed: int, rewards: list[float], held: list[float], *, sec
     values = {
         "reward": np.array(rewards) + shift, HELD: np.array(held) + shift,
         "kl_to_anchor": 0.5 * update + shift, "diversity": 0.3 - 0.01 * update,
-        "kl_to_base": 0.2 * update,
+        "kl_to_base": 0.2 * update, "train_kl": np.where(update > 0, 0.1 * update, math.nan),
     }  # fmt: skip
     attempt = Attempt(**{**ATTEMPT.__dict__, "peak_bytes": peak * 10**9})
     return Outcome(
@@ -138,6 +138,7 @@ def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
     told = {row[0]: row[1:] for row in table}
     assert told["difference at equal reward"][2] == "**−0.150 [−0.150, −0.150]**"
     assert told["KL to the anchor"][2] == "–"
+    assert told["Train kl"][2] == "0.200 [0.200, 0.200]"
     assert told["KL to the base model"][2] == "0.400 [0.400, 0.400]"
     assert told["peak memory, GB"] == ["2.00 [2.00, 2.00]", "4.00 [4.00, 4.00]", "2.00 [2.00, 2.00]"]
     assert rows[-2:] == [["training, s", *(f"{s} [{s}, {s}]" for s in (20, 40, 20))],

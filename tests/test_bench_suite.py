@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import yaml
 from crd.bench.checks import check_runs, rows_per_update
 from crd.bench.suite import Cell
 from crd.bench.suite_file import parse_suite, read_suite, suites
+from crd.cli import main
 from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.objectives import OBJECTIVES
@@ -80,7 +84,7 @@ def test_the_reference_is_in_every_table() -> None:
         ({"tasks": {"ocr": {"recipe": "ocr-demo", "arm": {}}}}, "unknown key of a task 'arm'"),
         ({"tasks": {"ocr": {"recipe": "ocr-demo", "arms": {"x": {}}}}}, "tasks.ocr.arms names the arm 'x'"),
         ({"groups": {"one": ["x"]}}, "one names the arm 'x'"),
-        ({"groups": {"one": "crd"}}, "one must be a list of arms"),
+        ({"groups": {"one": "crd"}}, "one must be a list of names"),
         ({"sweeps": {"s": {"field": "kl", "arms": ["crd"]}}}, "field of sweep s must be a field of the configuration"),
         ({"arms": {"crd": {}, "loose": {}, **{f"a{n}": {} for n in range(7)}}}, "has 9 arms"),
         ({"tasks": None}, "at least one task"),
@@ -145,6 +149,17 @@ def test_bundled_suites_hold(name: str) -> None:
     check_runs(suite, suite.cells(arms=available))
     assert suite.name == name
     assert suite.about
+
+
+def test_bundled_suites_are_told_of() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text()
+    assert (
+        sorted(re.findall(r"^\| `([a-z-]+)` \| (?=[a-zA-Z])", page.split("## Running it")[0], re.MULTILINE)) == suites()
+    )
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as told:
+        main(["bench", "--help"])
+    for name in suites():
+        assert name in told.getvalue()
 
 
 def test_the_ablations_change_one_thing_and_draw_equally_many_images() -> None:

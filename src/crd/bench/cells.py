@@ -123,7 +123,8 @@ class CellFolder:
         if not self.log.is_file():
             return ""
         told = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return " / ".join([line for line in told if line][-lines:])
+        # Of a traceback, not the marks under its lines.
+        return " / ".join([line for line in told if line.strip("^~ ")][-lines:])
 
 
 def _parse(line: JsonObject) -> Attempt:

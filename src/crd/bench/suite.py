@@ -68,6 +68,7 @@ class Suite:
     settings: Mapping[str, Any] = field(default_factory=dict)  # over the recipes
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # arms of one table and figure
     sweeps: Mapping[str, Sweep] = field(default_factory=dict)
+    tell: tuple[str, ...] = ()  # further values of results.jsonl, for the tables
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.tasks, *self.arms, *self.groups, *self.sweeps):

@@ -60,8 +60,9 @@ def parse_suite(content: Any) -> Suite:
         arms=_settings_by_arm(values["arms"], "arms"),
         about=" ".join(str(values.get("about", "")).split()),
         settings=_mapping(values.get("settings"), "settings"),
-        groups={name: _arms(one, name) for name, one in _mapping(values.get("groups"), "groups").items()},
+        groups={name: _words(one, name) for name, one in _mapping(values.get("groups"), "groups").items()},
         sweeps={name: _sweep(name, one) for name, one in _mapping(values.get("sweeps"), "sweeps").items()},
+        tell=_words(values["tell"], "tell") if "tell" in values else (),
     )
 
 
@@ -81,16 +82,16 @@ def _sweep(name: str, content: Any) -> Sweep:
     for key in ("field", "by"):
         if (given := values.get(key)) is not None and given not in CRDConfig.__dataclass_fields__:
             raise CRDError(f"{key} of sweep {name} must be a field of the configuration, got {given!r}")
-    return Sweep(values["field"], _arms(values.get("arms"), f"sweep {name}"), values.get("by"))
+    return Sweep(values["field"], _words(values.get("arms"), f"sweep {name}"), values.get("by"))
 
 
 def _settings_by_arm(content: Any, what: str) -> dict[str, Mapping[str, Any]]:
     return {name: _mapping(one, f"{name} of {what}") for name, one in _mapping(content, what).items()}
 
 
-def _arms(content: Any, what: str) -> tuple[str, ...]:
-    if not isinstance(content, list) or not content or not all(isinstance(arm, str) for arm in content):
-        raise CRDError(f"{what} must be a list of arms, got {content!r}")
+def _words(content: Any, what: str) -> tuple[str, ...]:
+    if not isinstance(content, list) or not content or not all(isinstance(word, str) for word in content):
+        raise CRDError(f"{what} must be a list of names, got {content!r}")
     return tuple(content)
 
 

@@ -62,7 +62,7 @@ def write_report(
             present = [arm for arm in arms if arm in comparison.arms]
             if present:
                 parts += [f"### {name}"] if name else []
-                parts.append(_table(comparison, present))
+                parts.append(_table(comparison, present, suite.tell))
         if comparison.other_anchor:
             parts.append(f"Without a distance to the anchor, because theirs is another one than the reference's: "
                          f"{', '.join(comparison.other_anchor)}.")  # fmt: skip
@@ -111,7 +111,7 @@ def _bases(outcomes: Sequence[Outcome], comparison: Comparison) -> list[str]:
     return [_markdown(["", *map(title, names)], rows)]
 
 
-def _table(comparison: Comparison, arms: Sequence[str]) -> str:
+def _table(comparison: Comparison, arms: Sequence[str], tell: Sequence[str]) -> str:
     """A column for each arm, a row for each measure."""
     table, share, reference = _Rows(comparison, arms), f"{SHARE:.0%}", comparison.reference
     table.add("seeds", lambda arm: str(len(comparison.arms[arm])))
@@ -122,7 +122,7 @@ def _table(comparison: Comparison, arms: Sequence[str]) -> str:
     table.add(f"images to {share} of its gain", lambda arm: _reached(comparison, arm, OWN_IMAGES))
     table.versus(f"divided by {reference}'s images to there", lambda arm: _speed(comparison, arm))
     table.add(f"images to {share} of {reference}'s gain", lambda arm: _reached(comparison, arm, REFERENCE_IMAGES))
-    for name in told_scores(comparison):
+    for name in (*told_scores(comparison), *tell):
         table.mean(title(name), name)
         table.difference(name)
         if name in comparison.scores:
