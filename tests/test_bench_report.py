@@ -118,7 +118,7 @@ def test_unfinished_runs_and_missing_seeds_are_left_out(outcomes: list[Outcome])
 
 
 def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
-    text = write_report(tmp_path, SUITE, outcomes, {"task/slow/seed-9": "out of memory"}, []).read_text()
+    text = write_report(tmp_path, SUITE, outcomes, {"task/slow/seed-9": "out of memory"}, {}).read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[:4] == [
         ["", "Reward", "Held out: other"], ["---"] * 3,
@@ -149,13 +149,14 @@ def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
 
 
 def test_figures_are_drawn_for_groups_and_sweeps(outcomes: list[Outcome], tmp_path: Path) -> None:
-    written = draw_figures(tmp_path, SUITE, outcomes)
+    figures = draw_figures(tmp_path, SUITE, outcomes)
+    (written,) = figures.values()
     assert [path.name for path in written] == ["task-arms.svg", "task-sweep-beta.svg"]
     svg = written[0].read_text()
     for color in COLORS[:3]:
         assert color in svg
     with Image.open(written[0].with_suffix(".png")) as picture:
         assert picture.width > 1000
-    text = write_report(tmp_path, SUITE, outcomes, {}, written).read_text()
+    text = write_report(tmp_path, SUITE, outcomes, {}, figures).read_text()
     assert "![task-arms](task-arms.svg)" in text
     assert "Failed" not in text

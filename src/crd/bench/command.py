@@ -29,7 +29,10 @@ def bench(args: argparse.Namespace) -> None:
     suite = read_suite(args.suite)
     out = Path(args.output_dir or f"runs/bench-{suite.name}")
     if args.summary:
-        summarise(suite, out)
+        if not summarise(suite, out):
+            raise CRDError(
+                f"no run of suite {suite.name} in {out} has been evaluated yet; leave --summary out to run it"
+            )
         return
     cells = suite.cells(args.tasks, args.arms, args.seeds)
     check_runs(suite, cells)
@@ -71,22 +74,26 @@ def run_planned(
     Runner(args.jobs, lock, started, ended).run(to_do(planned, args.retry))
 
 
-def summarise(suite: Suite, out: Path) -> None:
+def summarise(suite: Suite, out: Path) -> bool:
     """results.jsonl, cells.jsonl, figures and report.md of all runs in `out`, from their folders alone.
 
+    Returns:
+        Whether there is a run to tell of.
+
     Raises:
-        CRDError: there are none, or they cannot be read.
+        CRDError: a run folder is damaged, or the files cannot be written.
     """
     # Of arms that were never begun, not even the settings need to hold.
     begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
     planned = plan_cells(suite, begun, out, threads=1)
     outcomes = collect(planned)
     if not outcomes:
-        raise CRDError(f"no run of suite {suite.name} in {out} has been evaluated yet; run it without --summary")
+        return False
     write_results(out, outcomes)
     figures = draw_figures(out, suite, outcomes)
     report = write_report(out, suite, outcomes, failures(planned), figures)
-    _say(f"wrote {report}, {len(figures)} figures, results.jsonl and cells.jsonl")
+    _say(f"wrote {report}, {sum(map(len, figures.values()))} figures, results.jsonl and cells.jsonl")
+    return True
 
 
 def _say(text: str, style: str = "") -> None:

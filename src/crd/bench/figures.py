@@ -32,24 +32,26 @@ assert len(COLORS) == len(_MARKERS) == MOST_LINES
 Axis = Callable[[Curve], np.ndarray]
 
 
-def draw_figures(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> list[Path]:
-    """Write every figure as SVG and PNG, named TASK-GROUP; returns the SVG files.
+def draw_figures(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> dict[str, list[Path]]:
+    """Write every figure as SVG and PNG, named TASK-GROUP; returns the SVG files by task.
 
     Raises:
         CRDError: they cannot be written.
     """
-    written = []
+    written: dict[str, list[Path]] = {}
     for task in suite.tasks:
         done = [one for one in outcomes if one.cell.task == task and one.finished]
         comparison = compare_task(done, suite.reference)
         if comparison is None:
             continue
+        written[task] = []
         for name, arms in suite.tables().items():
             figure = _arms_figure(task, name, {arm: [one for one in done if one.cell.arm == arm] for arm in arms},
                                   comparison)  # fmt: skip
-            written.append(_save(figure, out / f"{task}-{name or 'arms'}"))
+            written[task].append(_save(figure, out / f"{task}-{name or 'arms'}"))
         for name, sweep in suite.sweeps.items():
-            written.append(_save(_sweep_figure(task, name, sweep, done, comparison), out / f"{task}-sweep-{name}"))
+            figure = _sweep_figure(task, name, sweep, done, comparison)
+            written[task].append(_save(figure, out / f"{task}-sweep-{name}"))
     return written
 
 

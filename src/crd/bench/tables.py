@@ -36,7 +36,11 @@ curves over the rewards that both runs have passed. docs/benchmarks.md defines a
 
 
 def write_report(
-    out: Path, suite: Suite, outcomes: Sequence[Outcome], failed: Mapping[str, str], figures: Sequence[Path]
+    out: Path,
+    suite: Suite,
+    outcomes: Sequence[Outcome],
+    failed: Mapping[str, str],
+    figures: Mapping[str, Sequence[Path]],
 ) -> Path:
     """Write report.md.
 
@@ -45,7 +49,7 @@ def write_report(
         suite: of it.
         outcomes: of its runs.
         failed: runs that failed, and what they printed last.
-        figures: pictures in `out`, shown in their order.
+        figures: pictures in `out`, by task.
 
     Raises:
         CRDError: it cannot be written.
@@ -66,7 +70,7 @@ def write_report(
         if comparison.other_anchor:
             parts.append(f"Without a distance to the anchor, because theirs is another one than the reference's: "
                          f"{', '.join(comparison.other_anchor)}.")  # fmt: skip
-        parts += [f"![{path.stem}]({path.name})" for path in figures if path.stem.startswith(f"{task}-")]
+        parts += [f"![{path.stem}]({path.name})" for path in figures.get(task, ())]
     if failed:
         parts += ["## Failed runs", "\n".join(f"- {cell}: {words}" for cell, words in failed.items())]
     path = out / REPORT_FILE
