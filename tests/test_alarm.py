@@ -158,8 +158,8 @@ def pixels(mean: float, deviation: float = 0.1) -> EvalRecord:
 @pytest.mark.parametrize(
     ("now", "level"),
     [
-        (0.5, None), (0.6, None), (0.46, None), (0.74, None),  # between the bases, and 0.4 deviations beyond
-        (0.44, NOTE), (0.76, NOTE),
+        (0.5, None), (0.6, None), (0.44, None), (0.76, None),  # between the bases, and 0.6 deviations beyond
+        (0.43, NOTE), (0.77, NOTE),
         (0.39, WARN), (0.81, WARN),
     ],
 )  # fmt: skip

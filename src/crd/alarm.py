@@ -18,10 +18,10 @@ NOTE, WARN = "note", "warn"
 OFF, TELL, STOP, RAISE_KL = ACTIONS = ("off", "warn", "stop", "raise_kl")  # what a warning does
 NOTHING = "none"  # what was done about a note
 
-# Ours; docs/evaluation.md says what is measured of them and what is not yet.
+# Ours; docs/evaluation.md says what is measured of them.
 LEVEL = 0.995  # of the intervals: a run asks many such questions; tests/test_alarm.py counts false alarms
 DIVERSITY_NOTE, DIVERSITY_WARN = 0.85, 0.7  # share of the less diverse base
-RANGE_NOTE, RANGE_WARN = 0.5, 1.0  # deviations of single images beyond the base's means
+RANGE_NOTE, RANGE_WARN = 0.65, 1.0  # deviations of single images beyond the base's means
 DRIFT_NOTE, DRIFT_WARN = 3.0, 6.0  # times the distance of the unguided base to the guided one
 NORM_NOTE = 0.2  # share beyond the base's velocity norms
 
