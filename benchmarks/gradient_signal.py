@@ -46,7 +46,7 @@ def _gradient(trainer: CRDTrainer, objective: Objective, velocities: RowVelociti
     parameters = list(trainer.snapshots.parameters())
     for parameter in parameters:
         parameter.grad = None
-    trainer.engine.backward(objective, velocities, rows, trainer.args.micro_batch)
+    trainer.engine.backward(objective, velocities, rows, trainer.micro_batch.rows)
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 

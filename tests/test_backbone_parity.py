@@ -15,6 +15,7 @@ from parity import PROMPTS, Case, lora_difference, rollout_difference, update_lo
 from tiny_families import FAMILIES, tiny_family
 
 from crd.backbones import load_backbone
+from crd.backbones.solvers import plain_grid
 from crd.errors import CRDError
 
 TOLERANCE = 1e-4  # of float32 against itself in another order; EulerDiscreteScheduler at zero SNR loses most of it
@@ -58,6 +59,18 @@ def test_a_rollout_is_the_stock_call(case: Case, solver: str, table: Table) -> N
     table[case.name]["rollout" if solver == "euler" else "DPM-Solver++"] = f"{latents:.1e}"
     assert latents <= TOLERANCE
     assert pictures <= 1
+
+
+@pytest.mark.parametrize(
+    ("case", "solver"), [(name, s) for name in NAMES for s in FAMILIES[name].solvers], indirect=["case"]
+)
+def test_the_scheduler_alone_begins_where_a_rollout_does(case: Case, solver: str) -> None:
+    """What a dry run, without text encoders, knows of the grid."""
+    backbone = case.backbone
+    plain = plain_grid(backbone.pipeline.scheduler, 5, solver, backbone.flow).sigmas
+    real = backbone.grid(5, *case.size, solver).sigmas
+    assert (len(plain), plain[-1]) == (len(real), real[-1])
+    torch.testing.assert_close(plain[0], real[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", GUIDED, indirect=True)

@@ -113,6 +113,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"output-dir": "x"}, "arm loose: output_dir follows from"),
         ({"eval_prompts": None}, "eval_prompts must name prompts"),
         ({"alarm": "stop"}, "alarm must not be stop"),
+        ({"rollout_batch": "auto"}, "must be numbers, got 144 and auto"),
+        ({"timestep_fraction": 1e-5, "solver": "dpmsolver++"}, "arm loose: .*keeps no rollout step"),
         ({"objective": "nothing"}, "arm loose: unknown objective 'nothing'"),
         ({"rewards": "nothing"}, "unknown reward 'nothing'"),
         ({"height": 17}, "arm loose: .*17"),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from subprocesses import IMPORTED_FROM
 from test_checkpoint import file_size_limit
 
+from crd.batch_sizes import BatchSize
 from crd.checkpoint import CheckpointFolder
 from crd.cli import _thread_excepthook, main
 from crd.config import CRDConfig
@@ -316,7 +317,7 @@ def our_images(target: Path, role: str = "policy", base: str | None = None) -> l
     model = load_model(target, base=base)
     batch = prompt_batch(load_prompts(list(PROMPTS)), range(3), 1, 0)
     with model.snapshots.use(role) as denoiser:
-        settings = SamplingSettings(4, 1.0, 8, None, None)
+        settings = SamplingSettings(4, 1.0, BatchSize("batch", 8), None, None)
         rollout = draw(model.backbone, denoiser, Engine(device="cpu"), batch, settings, model.backbone.encode([""]), "")
     return rollout.images
 

@@ -198,6 +198,17 @@ def particular_run(base_config: CRDConfig, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+def test_the_batch_of_a_run_must_be_a_number(particular_run: Path, tmp_path: Path, capsys: Any) -> None:
+    """A run records the number that `auto` came to; only a person can have written the word."""
+    folder = tmp_path / "changed"
+    shutil.copytree(particular_run, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("rollout_batch: 4", "rollout_batch: auto"))
+    assert main(["eval", str(folder), "--batch", "3"]) == 0
+    assert main(["eval", str(folder)]) == 2
+    assert "rollout_batch=auto is for the start of a run" in " ".join(capsys.readouterr().err.split())
+
+
 def test_eval_of_a_run_is_the_evaluation_of_the_run(
     particular_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

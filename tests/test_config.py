@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import config_from, load_config, recipes
@@ -168,3 +169,17 @@ def test_a_file_may_extend_a_recipe_or_another_file(tmp_path: Path) -> None:
         middle.write_text(text)
         with pytest.raises(CRDError, match=message):
             load_config(middle)
+
+
+@pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("16", 16), (16, 16)])
+def test_a_batch_size_is_a_number_or_auto(given: object, value: object) -> None:
+    config = config_from({"micro_batch": given, "rollout_batch": given})
+    assert (config.micro_batch, config.rollout_batch) == (value, value)
+    assert config.automatic == (value == "auto")
+    assert config_from(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("given", ["many", True, 1.5, None, 0, "-3"])
+def test_a_batch_size_that_is_neither(given: object) -> None:
+    with pytest.raises(CRDError, match=r"rollout_batch must be (a number or auto|above 0), got"):
+        config_from({"rollout_batch": given})

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from crd.batch_sizes import BatchSize
 from crd.config import CRDConfig
 from crd.engine import Engine
 from crd.errors import CRDError
@@ -69,8 +70,11 @@ def _execution(args: argparse.Namespace, config: CRDConfig | None) -> CRDConfig:
 def sampling_settings(args: argparse.Namespace, model: LoadedModel, guidance: float) -> SamplingSettings:
     """As given, else as the run evaluates."""
     config = _execution(args, model.config)
+    rows = config.rollout_batch
+    if isinstance(rows, str):
+        raise CRDError(f"rollout_batch={rows} is for the start of a run, its config.yaml holds a number; give --batch")
     return SamplingSettings(
-        args.steps or config.eval_steps, guidance, config.rollout_batch, *image_size(args, model),
+        args.steps or config.eval_steps, guidance, BatchSize("--batch", rows), *image_size(args, model),
         args.solver or config.solver,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from crd.command_options import (
     sampling_settings,
     write_out,
 )
-from crd.config import RESUMABLE, CRDConfig
+from crd.config import AUTO, RESUMABLE, CRDConfig
 from crd.config_io import config_from, field_names, load_config
 from crd.console import console
 from crd.data import load_prompts, prompt_batch
@@ -31,10 +31,11 @@ from crd.evaluation import EVAL_SEED, draw, encode_unconditional
 from crd.export import export_lora, export_pipeline
 from crd.grid import GridRow, draw_grid
 from crd.loading import checkpoint_number, is_run, load_model, run_config
+from crd.planning.automatic import gpu_memory
 from crd.planning.plan import plan_run
 from crd.planning.show import plan_json, plan_table
 from crd.report import write_report
-from crd.run_folder import CONFIG_FILE
+from crd.run_folder import CONFIG_FILE, RunFolder
 from crd.run_parts import load_judged
 from crd.snapshots import ANCHOR
 from crd.trainer import CRDTrainer
@@ -64,8 +65,9 @@ def train(source: str | None, overrides: Mapping[str, str], resume: str | None) 
 def dry_run(source: str | None, overrides: Mapping[str, str]) -> None:
     """`crd train --dry-run`: settings, prompts, rewards and the plan; no weights, no run folder."""
     config = load_config(source, overrides)
+    RunFolder(Path(config.output_dir)).check_free()
     judged = load_judged(config)
-    console.print(plan_table(plan_run(config)))
+    console.print(plan_table(plan_run(config, available=gpu_memory(config) if config.automatic else None)))
     evaluated = 0 if judged.eval_data is None else len(judged.eval_data)
     console.print(
         f"{len(judged.train_data)} training and {evaluated} evaluation prompts fit the rewards "
@@ -75,7 +77,12 @@ def dry_run(source: str | None, overrides: Mapping[str, str]) -> None:
 
 def plan(source: str | None, overrides: Mapping[str, str], args: argparse.Namespace) -> None:
     """`crd plan`: memory by part and forwards, as a table or JSON."""
-    found = plan_run(load_config(source, overrides), args.gpus, args.sharding, args.memory)
+    config, memory = load_config(source, overrides), args.memory
+    if memory is not None:
+        config = dataclasses.replace(config, micro_batch=AUTO, rollout_batch=AUTO)
+    elif config.automatic:
+        memory = gpu_memory(config)
+    found = plan_run(config, args.gpus, args.sharding, memory)
     if args.json:
         print(plan_json(found))
     else:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import yaml
 
@@ -21,11 +22,14 @@ from crd.schedules import LearningRate, RampDecay
 MIXED_PRECISION = ("auto", "no", "bf16")
 BASE_DTYPES = ("float32", "bfloat16")
 
+AUTO: Literal["auto"] = "auto"
+ROWS_WITHOUT_GPU = 32  # what `micro_batch: auto` and `rollout_batch: auto` are there
+
 # What a resumed run may change: everything else would make it another run.
 RESUMABLE = frozenset({
     "updates", "eval_every", "save_every", "keep_checkpoints", "micro_batch", "rollout_batch", "cache_references",
-    "vae_slicing", "attention_backend", "compile", "cache_prompts", "threads", "peer_timeout", "device", "tensorboard",
-    "wandb", "eval_base_guidance", "alarm",
+    "overlap_rewards", "vae_slicing", "attention_backend", "compile", "cache_prompts", "threads", "peer_timeout",
+    "device", "tensorboard", "wandb", "eval_base_guidance", "alarm",
 })  # fmt: skip
 
 
@@ -116,9 +120,10 @@ class CRDConfig:
     device: str = "auto"
     mixed_precision: str = "no"
     base_dtype: str = "float32"  # of the pretrained weights; adapters are always float32
-    micro_batch: int = 32  # rows per denoiser call in training
-    rollout_batch: int = 32  # images per denoiser call in rollouts and evaluation
+    micro_batch: int | Literal["auto"] = 32  # rows per denoiser call in training; auto = what fits into the GPU
+    rollout_batch: int | Literal["auto"] = 32  # images per denoiser call in rollouts and evaluation; likewise
     cache_references: bool = True  # keep old/anchor velocities of one optimizer step instead of recomputing
+    overlap_rewards: bool = False  # a thread scores images while others are drawn
     gradient_checkpointing: bool = False
     vae_slicing: bool = False  # decode one picture at a time
     attention_backend: str | None = None  # of diffusers; None = its default
@@ -156,10 +161,15 @@ class CRDConfig:
         if self.base_dtype == "bfloat16" and self.finetune == "full":
             raise CRDError("base_dtype=bfloat16 would round away small updates of finetune=full; use float32, or lora")
         positive = ("updates", "prompts_per_update", "group_size", "optimizer_steps", "rollout_steps", "draws",
-                    "lora_rank", "lora_alpha", "learning_rate", "max_grad_norm", "advantage_clip", "micro_batch",
-                    "rollout_batch", "peer_timeout", "eval_steps", "eval_images", "keep_checkpoints")  # fmt: skip
+                    "lora_rank", "lora_alpha", "learning_rate", "max_grad_norm", "advantage_clip", "peer_timeout",
+                    "eval_steps", "eval_images", "keep_checkpoints")  # fmt: skip
         for name in positive:
             _check_above(name, self._value(name), 0)
+        for name, rows in (("micro_batch", self.micro_batch), ("rollout_batch", self.rollout_batch)):
+            if isinstance(rows, str):
+                _check_choice(name, rows, (AUTO,))
+            else:
+                _check_above(name, rows, 0)
         for name in ("warmup_steps", "cooldown_updates", "weight_decay", "eval_every", "save_every"):
             _check_above(name, self._value(name), 0, inclusive=True)
         for name in ("learning_rate", "lora_alpha", "weight_decay", "rollout_guidance", "anchor_guidance",
@@ -210,6 +220,18 @@ class CRDConfig:
     def _value(self, name: str) -> float:
         value: float = self.__dict__[name]
         return value
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a batch size is left to the plan of the run."""
+        return AUTO in (self.micro_batch, self.rollout_batch)
+
+    def batches(self, micro_batch: int, rollout_batch: int) -> tuple[int, int]:
+        """`micro_batch` and `rollout_batch` as they are set, or as given here where they are "auto"."""
+        return (
+            micro_batch if isinstance(self.micro_batch, str) else self.micro_batch,
+            rollout_batch if isinstance(self.rollout_batch, str) else self.rollout_batch,
+        )
 
     def objective_config(self) -> ObjectiveConfig:
         """The chosen objective's own settings."""

@@ -105,7 +105,8 @@ def _read_text(source: str | Path) -> str:
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type; strings from the command line are read as YAML first."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
     if type(None) in options and (value is None or value in ("none", "null")):
         return None
     if isinstance(value, str) and str not in options:
@@ -123,6 +124,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             if arguments[-1] is not Ellipsis and len(items) != len(arguments):
                 raise CRDError(f"{name} must hold {len(arguments)} values, got {items}")
             return tuple(_coerce(name, item, arguments[0]) for item in items)
+        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
+            return value
         if option is bool and isinstance(value, bool):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
@@ -138,5 +141,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return value
         if option is str and value is False:  # a bare `no` is a boolean to YAML
             return "no"
-    wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+    wanted = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+    if literals := [text for option in options for text in typing.get_args(option) if isinstance(text, str)]:
+        wanted = f"a number or {' or '.join(literals)}"
     raise CRDError(f"{name} must be {wanted}, got {value!r}")

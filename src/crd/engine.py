@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 
@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from crd.batch_sizes import T, in_memory
 from crd.errors import CRDError
 from crd.memory import keep_freed_memory
 from crd.objectives.base import DenoiserOutputs, Objective, Rows
@@ -78,6 +79,13 @@ class Engine:
         """Whether a process holds only a part of each weight."""
         return self._sharding is not None
 
+    @property
+    def layout(self) -> str:
+        """How weights lie in the processes, by the file of `crd/launch` that says so: ddp, zero2 or fsdp2."""
+        if self._sharding is None:
+            return "ddp"
+        return "fsdp2" if self._sharding.reshard_after_forward is True else "zero2"
+
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision of network calls; losses are computed outside of it."""
         return self.accelerator.autocast()
@@ -87,8 +95,8 @@ class Engine:
         self.ranks.check_same(module.parameters(), "the weights of the model")
         # In evaluation mode Accelerate adds mixed precision and no wrapper.
         prepared: nn.Module = self.accelerator.prepare_model(module, evaluation_mode=True)
-        if self._sharding is not None:
-            shard(prepared, self.device, reshard=self._sharding.reshard_after_forward is True)
+        if self.sharded:
+            shard(prepared, self.device, reshard=self.layout == "fsdp2")
         return prepared
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -120,16 +128,13 @@ class Engine:
 
         Raises:
             CRDError: the loss is not finite, or another process is gone.
+            ShortOfMemoryError: on all processes, if memory ran out in one; `.grad` is then of no use.
         """
         share = self.ranks.share(len(rows)) if share is None else share
         chunks = share.index.split(micro_batch)
         if len(chunks) == 1 and self.ranks.world_size == 1:
-            output = objective.loss(objective.terms(forward(chunks[0])), rows)
-            _check_finite(output.loss)
-            self.accelerator.backward(output.loss)
-            return output.metrics
-        with torch.no_grad():
-            parts = [objective.terms(forward(chunk)) for chunk in chunks]
+            return self.in_memory(lambda: self._backward_at_once(objective, forward, rows, chunks[0]))
+        parts = self.in_memory(lambda: _terms(objective, forward, chunks))
         own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         terms = {
             name: self.ranks.gather(share, values[share.places.to(values.device)]).requires_grad_()
@@ -140,17 +145,38 @@ class Engine:
         slopes = dict(
             zip(terms, torch.autograd.grad(output.loss, list(terms.values()), allow_unused=True), strict=True)
         )
+        counted = share.counted[share.rank].split(micro_batch)
+        self.in_memory(lambda: self._backward_in_chunks(objective, forward, chunks, counted, slopes))
+        return output.metrics
+
+    def _backward_at_once(self, objective: Objective, forward: Forward, rows: Rows, index: Tensor) -> dict[str, float]:
+        output = objective.loss(objective.terms(forward(index)), rows)
+        _check_finite(output.loss)
+        self.accelerator.backward(output.loss)
+        return output.metrics
+
+    def _backward_in_chunks(
+        self,
+        objective: Objective,
+        forward: Forward,
+        chunks: Sequence[Tensor],
+        counted: Sequence[Tensor],
+        slopes: Mapping[str, Tensor | None],
+    ) -> None:
         # Sharded gradients are averaged over processes where they should be summed.
         factor = self.ranks.world_size if self.sharded else 1
-        for chunk, counted in zip(chunks, share.counted[share.rank].split(micro_batch), strict=True):
+        for chunk, counts in zip(chunks, counted, strict=True):
             again = objective.terms(forward(chunk))
             weighted = [
-                (slope[chunk.to(slope.device)] * counted.to(slope.device) * factor * again[name]).sum()
+                (slope[chunk.to(slope.device)] * counts.to(slope.device) * factor * again[name]).sum()
                 for name, slope in slopes.items()
                 if slope is not None
             ]
             self.accelerator.backward(torch.stack(weighted).sum())
-        return output.metrics
+
+    def in_memory(self, work: Callable[[], T]) -> T:
+        """`work()`, or `ShortOfMemoryError` on all processes; see `crd.batch_sizes.in_memory`."""
+        return in_memory(work, self.ranks, sharded=self.sharded)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up what each process has in `.grad`, on all of them; sharded weights have done so in `backward`."""
@@ -187,6 +213,11 @@ class Engine:
         optimizer.step()
         optimizer.zero_grad()
         return norm
+
+
+@torch.no_grad()
+def _terms(objective: Objective, forward: Forward, chunks: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    return [objective.terms(forward(chunk)) for chunk in chunks]
 
 
 def _accelerator(mixed_precision: str, cpu: bool, peer_timeout: float) -> Accelerator:

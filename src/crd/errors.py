@@ -23,6 +23,14 @@ class PeerLostError(CRDError):
     """Another process of the run is gone and has not told why."""
 
 
+class StrandedError(CRDError):
+    """An error inside of a call that all processes make together: the others may be stuck in it, out of earshot."""
+
+
+class ShortOfMemoryError(Exception):
+    """Memory ran out in a call of a network, in this process or another; with fewer rows it may be repeated."""
+
+
 class ServiceError(CRDError):
     """A service that was asked is out of reach or broken, which says nothing about what it was asked."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from crd.backbones.base import Backbone
 from crd.backbones.solvers import Step
+from crd.batch_sizes import BatchSize
 from crd.console import progress_steps
 from crd.data import PromptDataset, prompt_batch
 from crd.engine import Engine
@@ -21,6 +22,7 @@ from crd.flow import EULER
 from crd.metrics.drift import velocity_drift
 from crd.metrics.held_out import HeldOutScores
 from crd.metrics.image_statistics import STATISTICS, group_diversity, image_statistics, thumbnails
+from crd.overlap import ScoringThread
 from crd.records import Conditioning, PromptBatch, Rollout
 from crd.rewards import RewardSet
 from crd.sampling import sample
@@ -38,7 +40,7 @@ class SamplingSettings:
 
     steps: int
     guidance: float
-    batch: int
+    batch: BatchSize  # images per call of the denoiser, and of the decoder
     height: int | None
     width: int | None
     solver: str = EULER
@@ -105,30 +107,48 @@ def draw(
     uncond: Mapping[str, Tensor],
     title: str,
     stepper: Callable[[Tensor], Step] | None = None,
+    scoring: ScoringThread | None = None,
 ) -> Rollout:
-    """Finished images of a batch of prompts; each distinct prompt is encoded once. `stepper`: see `sample`."""
+    """Finished images of a batch of prompts; each distinct prompt is encoded once.
+
+    `stepper`: see `sample`; `scoring` gets the images as they are finished. Both begin again when memory runs out.
+    """
     distinct = list(dict.fromkeys(batch.prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     with engine.ranks.together():
         tensors = encode_prompts(backbone, engine, distinct, settings.height, settings.width)
     conditioning = Conditioning(tensors, torch.tensor([row_of[prompt] for prompt in batch.prompts]))
-    with progress_steps(title) as progress, engine.autocast():
-        x0 = sample(
-            backbone,
-            denoiser,
-            conditioning,
-            batch.image_seed,
-            num_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            uncond=uncond,
-            height=settings.height,
-            width=settings.width,
-            micro_batch=settings.batch,
-            progress=progress,
-            solver=settings.solver,
-            stepper=stepper,
-        )
-        images = backbone.decode(x0, chunk=settings.batch)
+
+    def attempt(size: int) -> tuple[Tensor, list[Image.Image]]:
+        images: list[Image.Image] = []
+
+        def finished(rows: Tensor, x0: Tensor) -> None:
+            images.extend(backbone.decode(x0, chunk=size))
+            if scoring is not None:
+                scoring.take(rows, images[-len(rows) :])
+
+        if scoring is not None:
+            scoring.begin()
+        with progress_steps(title) as progress, engine.autocast():
+            x0 = sample(
+                backbone,
+                denoiser,
+                conditioning,
+                batch.image_seed,
+                num_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                uncond=uncond,
+                height=settings.height,
+                width=settings.width,
+                micro_batch=size,
+                progress=progress,
+                solver=settings.solver,
+                stepper=stepper,
+                finished=finished,
+            )
+        return x0, images
+
+    x0, images = settings.batch.run(lambda size: engine.in_memory(lambda: attempt(size)), len(batch))
     return Rollout(x0, conditioning, images, batch)
 
 

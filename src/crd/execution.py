@@ -72,6 +72,22 @@ def compile_blocks(backbone: Backbone, snapshots: Snapshots, compiler: str = "in
     return len(blocks)
 
 
+def memory_advice(config: CRDConfig, sharded: bool) -> str:
+    """Settings that save memory and that a run does not use yet, as the end of a message."""
+    steps = (
+        (config.finetune == "full", "finetune=lora"),
+        (config.base_dtype == "float32" and config.finetune == "lora", "base_dtype=bfloat16"),
+        (config.mixed_precision == "no", "mixed_precision=bf16"),
+        (not config.gradient_checkpointing, "gradient_checkpointing=true"),
+        (not config.cache_prompts, "cache_prompts=true"),
+        (not config.vae_slicing, "vae_slicing=true"),
+        (config.cache_references, "cache_references=false"),
+        (not sharded and config.finetune == "lora", "more GPUs with fsdp2"),
+        (True, "a smaller height and width"),
+    )
+    return "try " + ", ".join(advice for helps, advice in steps if helps)
+
+
 def cache_prompts(
     backbone: Backbone,
     engine: Engine,

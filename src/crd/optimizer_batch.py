@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from crd.advantages import Advantages, group_advantages, group_normalized, kl_gate
 from crd.backbones.base import Backbone, guided_velocity
+from crd.batch_sizes import BatchSize
 from crd.config import CRDConfig
 from crd.engine import Engine
 from crd.flow import interpolate, velocity_target
@@ -17,6 +18,7 @@ from crd.objectives.base import DenoiserOutputs, Rows, SampledSteps
 from crd.records import RewardOutput, Rollout
 from crd.sampling import initial_noise
 from crd.seeds import derive_seed
+from crd.shares import Share
 from crd.snapshots import ANCHOR, OLD, POLICY, Snapshots
 
 
@@ -43,19 +45,32 @@ def learning_signal(
     return advantages, kl_gate(kind, rewards.total, advantages.advantage, config.kl_reward_range)
 
 
-def build_rows(
-    rewards: RewardOutput, advantages: Advantages, gate: Tensor, group_id: Tensor, images: Tensor, draws: int
-) -> Rows:
-    """Rows of `images` (n,) with `draws` rows each; row order is draw-major."""
+def blank_rows(group_id: Tensor, images: Tensor, draws: int) -> Rows:
+    """Rows of `images` (n,) with `draws` rows each, draw-major, of which no reward is known."""
     image = images.repeat(draws)
+    unknown = torch.full((len(image),), torch.nan, dtype=torch.float64)
     return Rows(
         group_id=group_id[image],
         image_id=image,
         draw=torch.arange(draws).repeat_interleave(len(images)),
-        advantage=advantages.advantage[image],
-        reward=rewards.total[image],
-        kl_gate=gate[image],
-        has_signal=advantages.has_signal[image],
+        advantage=unknown,
+        reward=unknown,
+        kl_gate=unknown,
+        has_signal=torch.zeros(len(image), dtype=torch.bool),
+    )
+
+
+def build_rows(
+    rewards: RewardOutput, advantages: Advantages, gate: Tensor, group_id: Tensor, images: Tensor, draws: int
+) -> Rows:
+    """Rows of `images` (n,) with `draws` rows each; row order is draw-major."""
+    rows = blank_rows(group_id, images, draws)
+    return replace(
+        rows,
+        advantage=advantages.advantage[rows.image_id],
+        reward=rewards.total[rows.image_id],
+        kl_gate=gate[rows.image_id],
+        has_signal=advantages.has_signal[rows.image_id],
     )
 
 
@@ -65,7 +80,7 @@ class RowVelocities:
 
     All are scaled alike so that their errors are those of what the network itself predicts (epsilon, say).
     The references do not depend on the gradient: with `cache` they are computed once for both passes. `rows` are those
-    of all processes, and the engine calls for rows whose images are in this one's `rollout`.
+    of all processes, and the engine calls for rows whose images are in this one's `rollout`. Rewards are not read.
     """
 
     backbone: Backbone
@@ -89,9 +104,7 @@ class RowVelocities:
         self._place[known] = torch.arange(len(known))
 
     def __call__(self, index: Tensor) -> DenoiserOutputs:
-        place = self._place[self.rows.image_id[index]]
-        points = self._points(index, place)
-        conditioning = self.rollout.conditioning.select(place).gather()
+        points, conditioning = self._points(index)
         references = self._references(index, points, conditioning)
         with self.snapshots.use(POLICY) as policy, self.engine.autocast():
             velocity = self._velocity(policy, points, conditioning, self.trained_guidance)
@@ -104,8 +117,26 @@ class RowVelocities:
             steps=points.steps,
         )
 
-    def _points(self, index: Tensor, place: Tensor) -> Points:
-        """Noised images, or, if the rollout kept its trajectories, the states that its steps started from."""
+    def look_ahead(self, size: BatchSize, share: Share) -> None:
+        """Compute and keep the references of this process's share of the rows."""
+
+        def compute(rows: int) -> None:
+            for index in share.index.split(rows):
+                self._references(index, *self._points(index))
+
+        size.run(lambda rows: self.engine.in_memory(lambda: compute(rows)), len(share.index), self.forget)
+
+    def forget(self) -> None:
+        """Let the references go."""
+        self._cached.clear()
+
+    def _points(self, index: Tensor) -> tuple[Points, dict[str, Tensor]]:
+        """Noised images, or, if the rollout kept its trajectories, the states that its steps started from.
+
+        Their conditioning goes with them.
+        """
+        place = self._place[self.rows.image_id[index]]
+        conditioning = self.rollout.conditioning.select(place).gather()
         x0 = self.rollout.x0[place]
         t = self.t[index].to(x0)
         trajectories = self.rollout.trajectories
@@ -113,12 +144,12 @@ class RowVelocities:
             draws = zip(self.rows.image_id[index].tolist(), self.rows.draw[index].tolist(), strict=True)
             seeds = [derive_seed(*self.name, "noise", image, draw) for image, draw in draws]
             noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
-            return Points(interpolate(x0, noise, t), t, velocity_target(x0, noise), None)
+            return Points(interpolate(x0, noise, t), t, velocity_target(x0, noise), None), conditioning
         sde, step = trajectories.sde, trajectories.sde.index(self.t[index])
         taken = trajectories.at(place, step)
         x_t, log_density = taken.x.to(x0), taken.log_density.to(x0.device)
-        precision = sde.precision(step).to(x0.device)
-        return Points(x_t, t, sde.target(step, x_t, taken.x_next.to(x0)), SampledSteps(precision, log_density))
+        sampled = SampledSteps(sde.precision(step).to(x0.device), log_density)
+        return Points(x_t, t, sde.target(step, x_t, taken.x_next.to(x0)), sampled), conditioning
 
     def _velocity(
         self, denoiser: nn.Module, points: Points, conditioning: dict[str, Tensor], guidance: float

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crd.errors import CRDError, PeerFailedError, PeerLostError
+from crd.errors import CRDError, PeerFailedError, PeerLostError, StrandedError
 from crd.shares import Share
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class Ranks:
         if isinstance(error, CRDError):
             error.agreed = True
             with suppress(PeerLostError):
-                self._hear(str(error) or text, self._timeout)
+                self._hear(str(error) or text, _FAREWELL if isinstance(error, StrandedError) else self._timeout)
             return
         try:
             with suppress(PeerFailedError):  # a traceback is not to be lost

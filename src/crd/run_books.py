@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ class RunBooks:
         # Mean reward of the best checkpoint. In memory: other processes must not read a file that is being written.
         self.best: float | None = None
         self._saved: int | None = None  # the update of the last checkpoint
+        self._clock = 0.0  # when `Progress.seconds` was last brought up to date
 
     def create(self) -> None:
         """Make the run folder; see `RunFolder.create`."""
@@ -76,7 +78,7 @@ class RunBooks:
                 resume_from=resume_from,
             )
         )
-        self._tracker = tracker
+        self._tracker, self._clock = tracker, time.perf_counter()
         try:
             yield
         finally:
@@ -99,8 +101,18 @@ class RunBooks:
         self.log(update, "eval", result.metrics())
         self.ranks.on_main(lambda: self.folder.save_samples(update, result))
 
-    def save(self, update: int, checkpoint: Callable[[], Checkpoint], *, sharded: bool) -> None:
-        """Write a checkpoint; each process makes it if the weights are sharded, for it takes all of them."""
+    def save(self, progress: Progress, checkpoint: Callable[[], Checkpoint], *, sharded: bool) -> None:
+        """Write a checkpoint, inside of `open`; each process makes it if the weights are sharded: it takes all of them.
+
+        Args:
+            progress: of the run; its seconds are brought up to date.
+            checkpoint: makes it.
+            sharded: whether weights are.
+        """
+        now = time.perf_counter()
+        progress.seconds += now - self._clock
+        self._clock = now
+        update = progress.updates_done
         if sharded:
             content = checkpoint()
             self.ranks.on_main(lambda: self.checkpoints.save(update, content))

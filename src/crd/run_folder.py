@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,8 +73,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, config: CRDConfig) -> None:
-        """Make the folder and write `config.yaml` and `environment.json`.
+    def check_free(self) -> None:
+        """Refuse, without making anything, a place where `create` could not make a run.
 
         Raises:
             CRDError: the folder already holds a run or other files, or cannot be written.
@@ -83,9 +84,28 @@ class RunFolder:
                 raise CRDError(
                     f"output folder {self.path} is not empty; choose another output_dir, or --resume {self.path}"
                 )
+            above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        except OSError as error:
+            raise self._unusable(error) from error
+        if not above.is_dir():
+            raise self._unusable(f"{above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise self._unusable(f"{above} is not writable")
+
+    def _unusable(self, reason: object) -> CRDError:
+        return CRDError(f"cannot make the run folder {self.path}: {reason}; choose another output_dir")
+
+    def create(self, config: CRDConfig) -> None:
+        """Make the folder and write `config.yaml` and `environment.json`.
+
+        Raises:
+            CRDError: as `check_free`.
+        """
+        self.check_free()
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CRDError(f"cannot make the run folder {self.path}: {error}; choose another output_dir") from error
+            raise self._unusable(error) from error
         try:
             self._write(CONFIG_FILE, config.to_yaml())
             self._write_json("environment.json", environment())

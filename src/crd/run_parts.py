@@ -14,13 +14,15 @@ from torch import Tensor
 
 from crd.backbones import Backbone
 from crd.config import CRDConfig
-from crd.data import PromptDataset, Prompts
+from crd.console import console
+from crd.data import PromptDataset, Prompts, count_shared
 from crd.errors import CRDError
 from crd.execution import compile_blocks, prepare_backbone
 from crd.flow import draw_timesteps, kept_grid
 from crd.loading import build_snapshots, judged_prompts, training_backbone
 from crd.metrics.held_out import HeldOutScores
 from crd.objectives.base import TRAJECTORY
+from crd.ranks import Ranks
 from crd.rewards import RewardFunction, RewardSet
 from crd.seeds import generator
 from crd.snapshots import OLD, SAMPLER, Snapshots
@@ -38,6 +40,16 @@ class Judged:
     train_data: PromptDataset
     eval_data: PromptDataset | None
     held_out: HeldOutScores
+
+    def check_scorers(self, ranks: Ranks) -> None:
+        """Refuse broken scorers, and say what a person should know of the others and of the prompts."""
+        with ranks.together():
+            self.rewards.self_test()
+            self.held_out.self_test()
+        for line in self.held_out.warn_of(self.rewards):
+            console.print(f"warn: {line}", style="yellow")
+        if self.eval_data is not None and (shared := count_shared(self.train_data, self.eval_data)):
+            console.print(f"{shared} of {len(self.eval_data)} evaluation prompts are also training prompts")
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,16 @@ def check_settings(backbone: Backbone, config: CRDConfig) -> None:
         raise CRDError("weighting=likelihood is for flow matching, got a DDPM model; use adaptive or unit")
 
 
+def check_times(config: CRDConfig, sigmas: Tensor) -> None:
+    """Refuse settings of `timesteps` that leave nothing of a grid to train on.
+
+    Raises:
+        CRDError: no step of it is noisy enough.
+    """
+    once = generator(config.seed)
+    draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once)
+
+
 def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
     """The grid of rollouts; what does not fit the model is refused here, before a run folder exists."""
     check_settings(backbone, config)
@@ -141,6 +163,5 @@ def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
     if TRAJECTORY in config.objective_config().build().needs and config.draws > kept:
         raise CRDError(f"objective={config.objective} trains on a step once, got draws={config.draws} of {kept} steps "
                        f"with timestep_fraction={config.timestep_fraction:g}; set draws={kept}")  # fmt: skip
-    once = generator(config.seed)
-    draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once)
+    check_times(config, sigmas)
     return sigmas

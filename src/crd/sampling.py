@@ -46,6 +46,7 @@ def sample(
     progress: Callable[[int, int], None] | None = None,
     solver: str = EULER,
     stepper: Callable[[Tensor], Step] | None = None,
+    finished: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE `dx/dt = v(x, t)` from noise to data, in float32.
 
@@ -63,6 +64,7 @@ def sample(
         progress: Called as `progress(done, total)` after each denoiser step of each micro-batch.
         solver: "euler" or "dpmsolver++".
         stepper: image numbers (N,) -> what moves these images on, in place of the solver's own steps on its grid.
+        finished: Called as `finished(rows (n,), x0 (n, C, H, W))` after each micro-batch.
 
     Returns:
         x0 (B, C, H, W) float32 on the backbone's device.
@@ -81,7 +83,7 @@ def sample(
     noise = initial_noise(image_seed, backbone.latent_shape(height, width))
     steps = len(grid.times)
     calls = steps * -(-total // rows_per_call)
-    finished: list[Tensor] = []
+    done: list[Tensor] = []
     for rows in torch.arange(total).split(rows_per_call):
         cond = conditioning.select(rows.to(conditioning.row.device)).gather()
         x = grid.start * noise[rows].to(backbone.device)
@@ -91,6 +93,8 @@ def sample(
             v = guided_velocity(backbone, denoiser, x, t, cond, uncond, guidance_scale)
             x = advance(step, x, v)
             if progress is not None:
-                progress(len(finished) * steps + step + 1, calls)
-        finished.append(x)
-    return torch.cat(finished)
+                progress(len(done) * steps + step + 1, calls)
+        done.append(x)
+        if finished is not None:
+            finished(rows, x)
+    return torch.cat(done)

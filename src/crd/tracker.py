@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from crd.atomic import replace_file
 from crd.console import console
 from crd.errors import CRDError
+from crd.eval_record import EvalRecord
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
@@ -98,6 +99,13 @@ def print_update(update: int, updates: int, metrics: Mapping[str, float], second
     shown = {name: metrics[name] for name in _SHOWN if name in metrics}
     numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
     console.print(f"update {update}/{updates}  {numbers}  {seconds:.1f} s", highlight=False)
+
+
+def print_evaluation(update: int, record: EvalRecord) -> None:
+    """One line about an evaluation of the policy, in the terminal."""
+    how = "no CFG" if record.guidance == 1 else f"guidance {record.guidance:g}"
+    reward, images = record.metrics()["reward"], len(record.prompt_id)
+    console.print(f"update {update}: held-out reward {reward:.3f} ({images} images, {how})")
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

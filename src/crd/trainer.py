@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,24 +12,26 @@ from torch import Tensor
 
 from crd.config import CRDConfig
 from crd.console import console
-from crd.data import Prompts, count_shared
+from crd.data import Prompts
 from crd.engine import Engine
 from crd.errors import CRDError, PeerLostError
-from crd.evaluation import EvalResult, Evaluator, SamplingSettings, draw, encode_unconditional
+from crd.evaluation import EvalResult, Evaluator, SamplingSettings, encode_unconditional
 from crd.execution import cache_prompts
 from crd.export import export_lora, export_pipeline
 from crd.loading import build_optimizer, checkpoint_number
 from crd.objectives.base import TRAJECTORY, Rows
-from crd.optimizer_batch import RowVelocities, build_rows, learning_signal
+from crd.optimizer_batch import RowVelocities, blank_rows, build_rows, learning_signal
+from crd.planning.automatic import batch_sizes
 from crd.records import RewardOutput, Rollout
+from crd.rollouts import Rollouts
 from crd.run_books import RunBooks
 from crd.run_folder import recorded_config
 from crd.run_parts import Model, Rewards, RunParts, load_parts, sampling_role
 from crd.sde import SDESteps
+from crd.shares import Share
 from crd.snapshots import OLD, POLICY, SAMPLER
-from crd.tracker import print_update
+from crd.tracker import print_evaluation, print_update
 from crd.training_state import Progress, pack, restore
-from crd.trajectories import Trajectories
 from crd.update_plan import UpdatePlan, plan_update
 from crd.watch import Verdict, Watch
 
@@ -58,13 +61,16 @@ class CRDTrainer:
         train_dataset: Prompts | None = None,
         eval_dataset: Prompts | None = None,
     ) -> None:
-        self.args = config = args or CRDConfig()
-        recorded = recorded_config(config, model, reward_funcs, train_dataset, eval_dataset)
+        config = args or CRDConfig()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.engine = Engine(config.mixed_precision, config.device, config.peer_timeout)
         self.ranks = self.engine.ranks
         console.quiet = not self.ranks.is_main
+        self.micro_batch, self.rollout_batch = batch_sizes(config, model, self.engine)
+        config = replace(config, micro_batch=self.micro_batch.rows, rollout_batch=self.rollout_batch.rows)
+        self.args = config
+        recorded = recorded_config(config, model, reward_funcs, train_dataset, eval_dataset)
         self.books = RunBooks(config, recorded, self.ranks)
         self.progress = Progress()
         with self.ranks.together():
@@ -72,12 +78,11 @@ class CRDTrainer:
                 config, self.engine.device, model, reward_funcs, train_dataset, eval_dataset, self.ranks.world_size
             )
             self._prepare(parts)
-        self._clock = time.perf_counter()  # at which `progress.seconds` was last brought up to date
 
     def _prepare(self, parts: RunParts) -> None:
         """Take up what was loaded, and make it ready on all processes together."""
         config = self.args
-        self.rewards, self.held_out = parts.rewards, parts.held_out
+        self.judged, self.rewards, self.held_out = parts, parts.rewards, parts.held_out
         self.train_data, self.eval_data = parts.train_data, parts.eval_data
         self.backbone, self.snapshots, self.sigmas = parts.backbone, parts.snapshots, parts.sigmas
         self.snapshots.adopt(self.engine.prepare(self.snapshots.module), sharded=self.engine.sharded)
@@ -85,16 +90,24 @@ class CRDTrainer:
         self.objective = config.objective_config().build()
         self.trained_guidance = self.backbone.trained_scale(config.rollout_guidance)
         self.uncond = encode_unconditional(self.backbone, self.engine, config.height, config.width)
+        self.rollouts = Rollouts(
+            self.backbone, self.snapshots, self.engine, self.rewards,
+            self._sampling(config.rollout_steps, config.rollout_guidance), self.uncond, sampling_role(config),
+            SDESteps.of(self.sigmas, config.sde_noise) if TRAJECTORY in self.objective.needs else None,
+        )  # fmt: skip
         self.watch = self._build_watch()
+
+    def _sampling(self, steps: int, guidance: float) -> SamplingSettings:
+        """How rollouts and evaluations draw, but for steps and guidance."""
+        config = self.args
+        return SamplingSettings(steps, guidance, self.rollout_batch, config.height, config.width, config.solver)
 
     def _build_watch(self) -> Watch | None:
         """Evaluation of this run; None without evaluation prompts."""
         config = self.args
         if self.eval_data is None:
             return None
-        settings = SamplingSettings(
-            config.eval_steps, self.trained_guidance, config.rollout_batch, config.height, config.width, config.solver
-        )
+        settings = self._sampling(config.eval_steps, self.trained_guidance)
         evaluator = Evaluator(
             self.backbone, self.snapshots, self.engine, self.rewards, self.held_out, self.eval_data, settings,
             self.uncond, config.anchor_guidance, config.eval_images, config.seed,
@@ -114,7 +127,7 @@ class CRDTrainer:
             CRDError: a broken scorer, a used output folder, a corrupt checkpoint, a failing reward, a full disk.
         """
         with self.ranks.together():
-            self._check_scorers()
+            self.judged.check_scorers(self.ranks)
             if resume is False:
                 self.books.create()
             else:
@@ -134,16 +147,6 @@ class CRDTrainer:
                 if resume is False and self.progress.updates_done == 0:
                     self.books.remove()
                 raise
-
-    def _check_scorers(self) -> None:
-        """Refuse broken scorers, and say what a person should know of the others and of the prompts."""
-        with self.ranks.together():
-            self.rewards.self_test()
-            self.held_out.self_test()
-        for line in self.held_out.warn_of(self.rewards):
-            console.print(f"warn: {line}", style="yellow")
-        if self.eval_data is not None and (shared := count_shared(self.train_data, self.eval_data)):
-            console.print(f"{shared} of {len(self.eval_data)} evaluation prompts are also training prompts")
 
     def _go_back(self, resume: bool | int) -> None:
         """To the checkpoint to go on from; only once it is loaded, what came after it is forgotten."""
@@ -169,7 +172,6 @@ class CRDTrainer:
     def _run(self, resume_from: int | None) -> None:
         """Evaluation before, then updates with their logging, evaluation and checkpoints."""
         config = self.args
-        self._clock = time.perf_counter()
         with self.books.open(resume_from):
             if self.progress.updates_done == 0:
                 self._log_evaluation()
@@ -196,9 +198,13 @@ class CRDTrainer:
     def update(self) -> dict[str, float]:
         """One update of the method: images from `sampler`, rewards, advantages, optimizer steps, snapshots."""
         plan = self.plan(self.progress.updates_done)
-        rollout = self.rollout(plan)
-        rewards = self.score(plan, rollout)
-        metrics = self._optimize(plan, rollout, rewards)
+        first: RowVelocities | None = None
+        if self.args.overlap_rewards:
+            rollout, rewards, first = self.rollouts.draw_and_score(plan, partial(self._look_ahead, plan))
+        else:
+            rollout = self.rollout(plan)
+            rewards = self.score(plan, rollout)
+        metrics = self._optimize(plan, rollout, rewards, first)
         metrics |= self._move_snapshots()
         self.progress.updates_done += 1
         self.progress.images_drawn += len(plan.batch)
@@ -210,61 +216,48 @@ class CRDTrainer:
 
     def rollout(self, plan: UpdatePlan) -> Rollout:
         """This process's images of an update, from `sampler`."""
-        config = self.args
-        settings = SamplingSettings(
-            config.rollout_steps, config.rollout_guidance, config.rollout_batch, config.height, config.width,
-            config.solver,
-        )  # fmt: skip
-        trajectories = None
-        if TRAJECTORY in self.objective.needs:
-            shape = self.backbone.latent_shape(config.height, config.width)
-            trajectories = Trajectories.of(plan, SDESteps.of(self.sigmas, config.sde_noise), shape)
-        stepper = None if trajectories is None else trajectories.stepper
-        with self.snapshots.use(sampling_role(config)) as sampler:
-            rollout = draw(self.backbone, sampler, self.engine, plan.own, settings, self.uncond, "rollout", stepper)
-        return dataclasses.replace(rollout, trajectories=trajectories)
+        return self.rollouts.draw(plan)
 
     def score(self, plan: UpdatePlan, rollout: Rollout) -> RewardOutput:
         """Rewards of all images of an update; each process judges its own."""
-        places = plan.share.places
-        own = rollout.batch.select(places)
-        with self.ranks.together():
-            found = self.rewards.score([rollout.images[place] for place in places], own.prompts, own.columns)
-        total = self.ranks.gather(plan.share, found.total)
-        return RewardOutput(
-            total, {name: self.ranks.gather(plan.share, scores) for name, scores in found.columns.items()}
-        )
+        return self.rollouts.score(plan, rollout)
 
     def velocities(self, rollout: Rollout, rows: Rows, t: Tensor, *name: int | str) -> RowVelocities:
         """What the engine calls: velocities of all roles at `rows`, noised to `t` (N,) by noise called `name`."""
         return RowVelocities(
-            backbone=self.backbone,
-            snapshots=self.snapshots,
-            engine=self.engine,
-            rollout=rollout,
-            rows=rows,
-            t=t,
-            needs=self.objective.needs,
-            uncond=self.uncond,
-            trained_guidance=self.trained_guidance,
-            anchor_guidance=self.args.anchor_guidance,
-            cache=self.args.cache_references,
-            name=name,
-        )
+            backbone=self.backbone, snapshots=self.snapshots, engine=self.engine, rollout=rollout, rows=rows, t=t,
+            needs=self.objective.needs, uncond=self.uncond, trained_guidance=self.trained_guidance,
+            anchor_guidance=self.args.anchor_guidance, cache=self.args.cache_references, name=name,
+        )  # fmt: skip
 
-    def _optimize(self, plan: UpdatePlan, rollout: Rollout, rewards: RewardOutput) -> dict[str, float]:
+    def _step(self, plan: UpdatePlan, rollout: Rollout, step: int, rows: Rows) -> RowVelocities:
+        """Velocities of an optimizer step, at its times and noised by its own name."""
+        return self.velocities(rollout, rows, plan.times[step], self.args.seed, "train", plan.number, step)
+
+    def _look_ahead(self, plan: UpdatePlan, rollout: Rollout) -> RowVelocities | None:
+        """The first optimizer step's, with its references, which need no reward; None where they are not kept."""
+        if not self.args.cache_references:
+            return None
+        images, draws = plan.steps[0], self.args.draws
+        velocities = self._step(plan, rollout, 0, blank_rows(plan.batch.group_id, images, draws))
+        velocities.look_ahead(self.micro_batch, self.ranks.share(len(images)).rows(draws))
+        return velocities
+
+    def _optimize(
+        self, plan: UpdatePlan, rollout: Rollout, rewards: RewardOutput, first: RowVelocities | None
+    ) -> dict[str, float]:
         """The optimizer steps of one update, each on whole groups; mean metrics over the steps."""
         config, group_id = self.args, plan.batch.group_id
         advantages, gate = learning_signal(config, rewards, self.rewards.weights, group_id)
         steps: list[dict[str, float]] = []
-        for step, (images, times) in enumerate(zip(plan.steps, plan.times, strict=True)):
+        for step, images in enumerate(plan.steps):
             rows = build_rows(rewards, advantages, gate, group_id, images, config.draws)
-            velocities = self.velocities(rollout, rows, times, config.seed, "train", plan.number, step)
+            velocities = first if first is not None and step == 0 else self._step(plan, rollout, step, rows)
             for group in self.optimizer.param_groups:
                 group["lr"] = config.rate_schedule().rate(self.progress.optimizer_steps, plan.number)
             share = self.ranks.share(len(images)).rows(config.draws)
             rows = rows.to(self.engine.device)
-            found = self.engine.backward(self.objective, velocities, rows, config.micro_batch, share)
+            found = self._backward(velocities, rows, share)
             norm = self.engine.step(self.optimizer, self.snapshots.parameters(), config.max_grad_norm)
             self.progress.optimizer_steps += 1
             steps.append({**found, "gradient_norm": norm})
@@ -275,6 +268,13 @@ class CRDTrainer:
             "zero_variance_groups": float(advantages.zero_variance_groups),
             "optimizer_steps": float(self.progress.optimizer_steps),
         }
+
+    def _backward(self, velocities: RowVelocities, rows: Rows, share: Share) -> dict[str, float]:
+        """The gradient of one optimizer step, in micro-batches that fit; the objective's metrics."""
+        return self.micro_batch.run(
+            lambda size: self.engine.backward(self.objective, velocities, rows, size, share),
+            len(share.index), velocities.forget, self.optimizer.zero_grad,
+        )  # fmt: skip
 
     def _move_snapshots(self) -> dict[str, float]:
         """Each snapshot a little towards the policy; returns how little."""
@@ -349,11 +349,8 @@ class CRDTrainer:
         # An event records what was done about it, so what cannot be done is not asked for.
         raisable = self.progress.kl_scale < KL_SCALE_MAX
         verdict = self.watch.evaluate(done, can_stop=done < self.args.updates, can_raise=raisable)
-        result = verdict.result
-        self.books.log_evaluation(done, result)
-        scale = result.record.guidance
-        how = "no CFG" if scale == 1 else f"guidance {scale:g}"
-        console.print(f"update {done}: held-out reward {result.mean:.3f} ({len(result.prompts)} images, {how})")
+        self.books.log_evaluation(done, verdict.result)
+        print_evaluation(done, verdict.result.record)
         return verdict
 
     def _save_after(self, error: CRDError) -> None:
@@ -362,11 +359,8 @@ class CRDTrainer:
             self._save()
 
     def _save(self) -> None:
-        now = time.perf_counter()
-        self.progress.seconds += now - self._clock
-        self._clock = now
         self.books.save(
-            self.progress.updates_done,
+            self.progress,
             lambda: pack(self.snapshots, self.optimizer, self.progress, self.train_data.prompts),
             sharded=self.engine.sharded,
         )

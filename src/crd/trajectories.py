@@ -63,7 +63,10 @@ class Trajectories:
         )
 
     def stepper(self, rows: Tensor) -> Step:
-        """What moves the images `rows` (N,) one step on, keeping what is to be kept."""
+        """What moves the images `rows` (N,) one step on, keeping what is to be kept.
+
+        Images that are drawn again, in other company, take the place of what was kept of them.
+        """
 
         def advance(index: int, x: Tensor, v: Tensor) -> Tensor:
             seeds = [derive_seed(self.image_seed[row], "step", index) for row in rows.tolist()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from crd.backbones.base import UNGUIDED
-from crd.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone
+from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
 
 
 class Flux2KleinBackbone(PipelineBackbone):
@@ -34,6 +34,14 @@ class Flux2KleinBackbone(PipelineBackbone):
 
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
         return packed.transpose(1, 2).reshape(like.shape)
+
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        tokens, axes = self.max_sequence_length or 0, len(self.config.axes_dims_rope)
+        return {
+            "encoder_hidden_states": self._empty(rows, tokens, self.config.joint_attention_dim),
+            "txt_ids": self._empty(rows, tokens, axes).long(),
+            "img_ids": self._empty(rows, latent[1] * latent[2], axes).long(),
+        }
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae

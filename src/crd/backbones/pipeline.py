@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -183,13 +184,9 @@ class PipelineBackbone(Backbone):
             parts.append(self.rows(self._record(chunk, height, width).inputs, len(chunk)))
         return join_rows(parts)
 
+    @abstractmethod
     def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
-        """What `encode` gives for `rows` prompts of the greatest length, without content; to plan memory by.
-
-        Raises:
-            CRDError: the family does not say.
-        """
-        raise CRDError(f"crd plan does not know the conditioning of {self.name}; try a small update of the run instead")
+        """What `encode` gives for `rows` prompts of the greatest length, without content; to plan memory by."""
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crd.backbones.pipeline import ATTENTION, PipelineBackbone
+from crd.backbones.pipeline import ATTENTION, CLIP_TOKENS, PipelineBackbone
 
 
 class SanaBackbone(PipelineBackbone):
@@ -35,6 +35,11 @@ class SanaBackbone(PipelineBackbone):
 
     def call_options(self, scale: float, rows: int) -> dict[str, Any]:
         return {"guidance_scale": scale, "use_resolution_binning": False}
+
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        tokens = self.max_sequence_length or 0
+        text = self._empty(rows, tokens, self.config.caption_channels)
+        return {"encoder_hidden_states": text, "encoder_attention_mask": self._empty(rows, tokens).long()}
 
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
         return packed[:, : like.shape[1]]  # what follows is a learned variance, in models that have one

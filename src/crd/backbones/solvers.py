@@ -105,6 +105,18 @@ def solver_scheduler(own: Any, solver: str, flow: bool) -> Any:
     return scheduler
 
 
+def plain_grid(own: Any, num_steps: int, solver: str, flow: bool) -> Grid:
+    """The grid of a scheduler by itself; arguments as in `solver_scheduler`.
+
+    Where the stock pipeline shifts it by the picture's size, only its ends, near 1 and 0, are those of a rollout,
+    up to 1e-3.
+    """
+    scheduler = solver_scheduler(own, solver, flow)
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting", False) else {}
+    scheduler.set_timesteps(num_steps, **shift)
+    return read_grid(scheduler, solver, flow)
+
+
 def read_grid(scheduler: Any, solver: str, flow: bool) -> Grid:
     """The grid of a scheduler after its `set_timesteps`."""
     options: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from crd.backbones.pipeline import ATTENTION, PipelineBackbone
+from crd.backbones.pipeline import ATTENTION, CLIP_TOKENS, PipelineBackbone
 
 
 class ZImageBackbone(PipelineBackbone):
@@ -33,8 +33,15 @@ class ZImageBackbone(PipelineBackbone):
         length = torch.tensor([len(text) for text in texts], device=texts[0].device)
         return {"cap_feats": pad_sequence(texts, batch_first=True), "length": length}
 
+    def blank(self, rows: int, latent: tuple[int, int, int], clip_tokens: int = CLIP_TOKENS) -> dict[str, Tensor]:
+        text = self._empty(rows, self.max_sequence_length or 0, self.config.cap_feat_dim)
+        return {"cap_feats": text, "length": self._empty(rows).long()}
+
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        texts = [text[:length] for text, length in zip(inputs["cap_feats"], inputs["length"].tolist(), strict=True)]
+        padded, length = inputs["cap_feats"], inputs["length"]
+        # On the meta device, where a plan is made, nothing can be read: all texts are as long as they may be.
+        lengths = [padded.shape[1]] * len(padded) if length.is_meta else length.tolist()
+        texts = [text[:count] for text, count in zip(padded, lengths, strict=True)]
         frames = list(x_t.to(self.dtype)[:, :, None])
         output = denoiser(frames, 1 - t, texts, return_dict=False)[0]  # it predicts x0 - noise
         return -torch.stack(output)[:, :, 0].float()

@@ -6,15 +6,16 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from crd.backbones.base import Backbone
+from crd.backbones.pipeline import PipelineBackbone
 from crd.bench.suite import Cell, Suite
 from crd.config import CRDConfig
 from crd.errors import told_of
 from crd.loading import DTYPES
 from crd.planning.model_files import read_model
+from crd.planning.plan import check_without_weights
 from crd.planning.skeleton import build_skeleton
 from crd.planning.workload import forwards
-from crd.run_parts import check_settings, load_judged
+from crd.run_parts import load_judged
 
 
 def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
@@ -31,7 +32,7 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
         with told_of(f"suite {suite.name}, task {cell.task}, arm {cell.arm}"):
             known[cell.arm] = suite.config(cell, Path("unused"), None)
             load_judged(known[cell.arm])
-            check_settings(_backbone(known[cell.arm]), known[cell.arm])
+            check_without_weights(_backbone(known[cell.arm]), known[cell.arm])
     for task, configs in arms.items():
         with told_of(f"suite {suite.name}, task {task}"):
             suite.check_measured(configs)
@@ -39,13 +40,14 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
 
 def rows_per_update(config: CRDConfig) -> int:
     """Transformer evaluations of an update: rows through the denoiser, a backward pass as two, as `crd plan` has it."""
+    assert isinstance(config.micro_batch, int)  # a suite refuses auto
     return forwards(config, _backbone(config), 1, config.micro_batch).total
 
 
-def _backbone(config: CRDConfig) -> Backbone:
+def _backbone(config: CRDConfig) -> PipelineBackbone:
     return _skeleton(config.model, config.base_dtype)
 
 
 @functools.cache
-def _skeleton(model: str, base_dtype: str) -> Backbone:
+def _skeleton(model: str, base_dtype: str) -> PipelineBackbone:
     return build_skeleton(read_model(model), DTYPES[base_dtype]).backbone

@@ -136,6 +136,9 @@ class Suite:
         config = load_config(task.recipe, found)
         if config.eval_prompts is None:
             raise CRDError("eval_prompts must name prompts, got none: rewards on them are what is compared")
+        if config.automatic:
+            raise CRDError(f"micro_batch and rollout_batch must be numbers, got {config.micro_batch} and "
+                           f"{config.rollout_batch}: what runs cost is counted from them")  # fmt: skip
         if config.alarm == "stop":
             raise CRDError("alarm must not be stop: runs that end early are not equally long; use warn")
         return config

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crd.backbones.base import Backbone, guided_velocity
+from crd.batch_sizes import BatchSize
 from crd.engine import Engine
 from crd.flow import interpolate
 from crd.records import Rollout
@@ -33,7 +34,7 @@ def velocity_drift(
     guidance: float,
     anchor_guidance: float,
     base_guidance: float,
-    batch: int,
+    batch: BatchSize,
     seed_name: Sequence[int | str],
 ) -> dict[str, float]:
     """Distances of a model's velocities to those of the base model, with guidance and without, and their size.
@@ -61,26 +62,32 @@ def velocity_drift(
     """
     share = share.first(IMAGES)
     counted = share.counted[share.rank].tolist()
-    sums = torch.zeros(4, dtype=torch.float64)  # of squared distances to both, of squares, of numbers
     pairs = [(place, t) for place in range(len(counted)) for t in TIMES]
-    for start in range(0, len(pairs), batch):
-        chosen = pairs[start : start + batch]
-        place, t = torch.tensor([index for index, _ in chosen]), torch.tensor([time for _, time in chosen])
-        x0 = rollout.x0[place]
-        image = rollout.batch.image_id[place].tolist()
-        seeds = [derive_seed(*seed_name, index, str(time)) for index, (_, time) in zip(image, chosen, strict=True)]
-        noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
-        t = t.to(x0)
-        x_t, conditioning = interpolate(x0, noise, t), rollout.conditioning.select(place).gather()
-        found = []
-        for name, scale in ((role, guidance), (ANCHOR, anchor_guidance), (ANCHOR, base_guidance)):
-            with snapshots.use(name) as denoiser, engine.autocast():
-                found.append(guided_velocity(backbone, denoiser, x_t, t, conditioning, uncond, scale).double())
-        own = [row for row, (index, _) in enumerate(chosen) if counted[index]]
-        velocity, anchor, base = (one[own] for one in found)
-        squares = (velocity - anchor, velocity - base, velocity)
-        sums[:3] += torch.stack([one.square().sum() for one in squares]).cpu()
-        sums[3] += velocity.numel()
+
+    def sums_of(size: int) -> Tensor:
+        """Of squared distances to both, of squares, and the count of each."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for start in range(0, len(pairs), size):
+            chosen = pairs[start : start + size]
+            place, t = torch.tensor([index for index, _ in chosen]), torch.tensor([time for _, time in chosen])
+            x0 = rollout.x0[place]
+            image = rollout.batch.image_id[place].tolist()
+            seeds = [derive_seed(*seed_name, index, str(time)) for index, (_, time) in zip(image, chosen, strict=True)]
+            noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
+            t = t.to(x0)
+            x_t, conditioning = interpolate(x0, noise, t), rollout.conditioning.select(place).gather()
+            found = []
+            for name, scale in ((role, guidance), (ANCHOR, anchor_guidance), (ANCHOR, base_guidance)):
+                with snapshots.use(name) as denoiser, engine.autocast():
+                    found.append(guided_velocity(backbone, denoiser, x_t, t, conditioning, uncond, scale).double())
+            own = [row for row, (index, _) in enumerate(chosen) if counted[index]]
+            velocity, anchor, base = (one[own] for one in found)
+            squares = (velocity - anchor, velocity - base, velocity)
+            sums[:3] += torch.stack([one.square().sum() for one in squares]).cpu()
+            sums[3] += velocity.numel()
+        return sums
+
+    sums = batch.run(lambda size: engine.in_memory(lambda: sums_of(size)), len(pairs))
     total = engine.ranks.total(sums)
     to_anchor, to_base, square = (total[:3] / total[3]).tolist()
     return {"kl_to_anchor": to_anchor, "kl_to_base": to_base, "velocity_norm": square**0.5}

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from crd.backbones.base import CFG, guided_velocity
-from crd.config import CRDConfig
+from crd.backbones.pipeline import PipelineBackbone
+from crd.backbones.solvers import plain_grid
+from crd.config import ROWS_WITHOUT_GPU, CRDConfig
 from crd.errors import CRDError
-from crd.execution import prepare_backbone
+from crd.execution import memory_advice, prepare_backbone
 from crd.loading import DTYPES, build_snapshots
 from crd.planning.footprint import Footprint, as_on_gpu, measure, reserve_gradients, run_backward
 from crd.planning.model_files import read_model
 from crd.planning.skeleton import Skeleton, build_skeleton, size_of
 from crd.planning.workload import Forwards, Geometry, forwards, geometry, references
-from crd.run_parts import check_settings, trained_roles
+from crd.run_parts import check_settings, check_times, trained_roles
 
 MARGIN = 0.1  # of the memory, left to the CUDA context, fragments of the allocator and workspaces of kernels
 _FLOAT = 4  # bytes
@@ -73,8 +75,8 @@ def plan_run(config: CRDConfig, gpus: int = 1, sharding: str = "ddp", available:
         config: of the run.
         gpus: processes, one device each.
         sharding: "ddp", "zero2" or "fsdp2", as the files of `crd/launch`.
-        available: bytes of one device. The micro-batches are then the largest powers of two that leave `MARGIN` of it
-            free; None: those of `config`.
+        available: bytes of one device. A micro-batch that is "auto" is the largest power of two that leaves `MARGIN`
+            of it free; None: no GPU is there to plan for, and it is `ROWS_WITHOUT_GPU`.
 
     Raises:
         CRDError: settings that do not fit the model, or a run that does not fit the device.
@@ -83,11 +85,9 @@ def plan_run(config: CRDConfig, gpus: int = 1, sharding: str = "ddp", available:
         raise CRDError("finetune=full cannot be sharded over processes; use finetune=lora, or --sharding ddp")
     model = read_model(config.model)
     skeleton = build_skeleton(model, DTYPES[config.base_dtype])
-    check_settings(skeleton.backbone, config)
+    check_without_weights(skeleton.backbone, config)
     estimate = _Estimate(config, skeleton, gpus, sharding)
-    micro_batch, rollout_batch = config.micro_batch, config.rollout_batch
-    if available is not None:
-        micro_batch, rollout_batch = estimate.fitting(available)
+    micro_batch, rollout_batch = estimate.micro_batches(available)
     height, width = skeleton.backbone.default_size
     return Plan(
         model=config.model,
@@ -104,6 +104,17 @@ def plan_run(config: CRDConfig, gpus: int = 1, sharding: str = "ddp", available:
         memory=estimate.memory(micro_batch, rollout_batch),
         available=available,
     )
+
+
+def check_without_weights(backbone: PipelineBackbone, config: CRDConfig) -> None:
+    """Refuse settings that do not fit the model, as far as its configuration files tell.
+
+    Raises:
+        CRDError: as `check_settings` and `check_times`.
+    """
+    check_settings(backbone, config)
+    grid = plain_grid(backbone.pipeline.scheduler, config.rollout_steps, config.solver, backbone.flow)
+    check_times(config, grid.sigmas)
 
 
 class _Estimate:
@@ -148,7 +159,13 @@ class _Estimate:
             rollout=max(self._draw.at(rollout_batch), self._decode.at(1 if config.vae_slicing else rollout_batch)),
         )
 
-    def fitting(self, available: int) -> tuple[int, int]:
+    def micro_batches(self, available: int | None) -> tuple[int, int]:
+        """Micro-batch and rollout batch as configured, or what fits where they are "auto"."""
+        if available is None or not self._config.automatic:
+            return self._config.batches(ROWS_WITHOUT_GPU, ROWS_WITHOUT_GPU)
+        return self._config.batches(*self._fitting(available))
+
+    def _fitting(self, available: int) -> tuple[int, int]:
         """The largest micro-batch and rollout batch that leave the margin.
 
         Raises:
@@ -157,27 +174,13 @@ class _Estimate:
         room = int(available * (1 - MARGIN))
         least = self.memory(1, 1)
         if least.total > room:
+            advice = memory_advice(self._config, self._sharding == "fsdp2")
             raise CRDError(f"the run needs {_gb(least.total)} on a device at micro_batch=1, got {_gb(available)} of "
-                           f"which {MARGIN:.0%} stay free; {self._advice()}")  # fmt: skip
+                           f"which {MARGIN:.0%} stay free; {advice}")  # fmt: skip
         rows, images = max(self.geometry.own_rows), self.geometry.own_images
         micro = next(n for n in _powers(rows) if self.memory(n, 1).total <= room)
         rollout = next(n for n in _powers(images) if self.memory(1, n).total <= room)
         return micro, rollout
-
-    def _advice(self) -> str:
-        config = self._config
-        steps = (
-            (config.finetune == "full", "use finetune=lora"),
-            (config.base_dtype == "float32" and config.finetune == "lora", "base_dtype=bfloat16"),
-            (config.mixed_precision == "no", "mixed_precision=bf16"),
-            (not config.gradient_checkpointing, "gradient_checkpointing=true"),
-            (not config.cache_prompts, "cache_prompts=true"),
-            (not config.vae_slicing, "vae_slicing=true"),
-            (config.cache_references, "cache_references=false"),
-            (self._sharding != "fsdp2" and config.finetune == "lora", "more GPUs with fsdp2"),
-            (True, "a smaller height and width"),
-        )
-        return "try " + ", ".join(advice for helps, advice in steps if helps)
 
     def _conditioning(self, rows: int) -> dict[str, Tensor]:
         return self._skeleton.backbone.blank(rows, self._latent, self._skeleton.clip_tokens)

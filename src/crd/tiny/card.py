@@ -23,8 +23,8 @@ from crd.backbones import load_backbone
 from crd.data import load_prompts, prompt_batch
 from crd.engine import Engine
 from crd.errors import CRDError
-from crd.evaluation import SamplingSettings, draw, encode_unconditional
-from crd.tiny.evaluation import STEPS, Results, evaluate_scales, scales_grid
+from crd.evaluation import draw, encode_unconditional
+from crd.tiny.evaluation import Results, drawing, evaluate_scales, scales_grid
 from crd.tiny.objects import DRAWINGS
 from crd.tiny.pretrain import CAPTION_DROPOUT, CAPTION_NOISE
 from crd.tiny.render import FONTS, LEVELS
@@ -44,11 +44,11 @@ def sampling_speed(folder: Path) -> float:
     """Images per second at 10 steps without guidance, decoding included."""
     backbone, engine = load_backbone(folder), Engine("auto", "cpu")
     dataset, uncond = load_prompts("world:test:96"), encode_unconditional(backbone, engine)
-    batch = prompt_batch(dataset, range(96), 1, 0, "speed")
+    batch, settings = prompt_batch(dataset, range(96), 1, 0, "speed"), drawing()
     best = 0.0
     for _ in range(3):
         started = time.perf_counter()
-        draw(backbone, backbone.denoiser, engine, batch, SamplingSettings(STEPS, 1.0, 32, None, None), uncond, "speed")
+        draw(backbone, backbone.denoiser, engine, batch, settings, uncond, "speed")
         best = max(best, 96 / (time.perf_counter() - started))
     return best
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from crd.batch_sizes import BatchSize
 from crd.data import load_prompts
 from crd.engine import Engine
 from crd.evaluation import EvalResult, Evaluator, SamplingSettings, encode_unconditional
@@ -22,13 +23,18 @@ ROW_LENGTH = 12
 Results = dict[float, EvalResult]
 
 
+def drawing() -> SamplingSettings:
+    """How the card's pictures are drawn."""
+    return SamplingSettings(STEPS, 1.0, BatchSize("batch", 32), None, None)
+
+
 def evaluate_scales(folder: Path, prompts: str, reward: str, scales: tuple[float, ...]) -> Results:
     """Held-out reward of a pipeline folder at each guidance scale, same noise; on the CPU."""
     model, engine, dataset = load_model(folder), Engine("auto", "cpu"), load_prompts(prompts)
     evaluator = Evaluator(
         model.backbone, model.snapshots, engine, RewardSet([reward]), HeldOutScores((), dataset), dataset,
-        SamplingSettings(STEPS, 1.0, 32, None, None), encode_unconditional(model.backbone, engine),
-        anchor_guidance=max(scales), images_per_prompt=1, seed=0,
+        drawing(), encode_unconditional(model.backbone, engine), anchor_guidance=max(scales), images_per_prompt=1,
+        seed=0,
     )  # fmt: skip
     return {scale: evaluator(ANCHOR, scale) for scale in scales}
 
