@@ -144,13 +144,16 @@ class Dispatch(Generic[T]):
         try:
             answer = self._pieces[number](server.client)
         except NoAnswerError as trouble:
-            self._give_back(number, server, trouble)
-            delay = self._delay(self._tries[number]) if trouble.retry_after is None else trouble.retry_after
+            # Before the piece is given back: another thread of this server would send it to the dying one at once.
+            down = None
             with server.lock:
                 if trouble.down:
-                    delay = self._found_down(server, trouble)
+                    down = self._found_down(server, trouble)
                 elif trouble.sent:
                     server.known = False  # it may hang: whether it is there is asked before it gets another piece
+            self._give_back(number, server, trouble)
+            delay = self._delay(self._tries[number]) if trouble.retry_after is None else trouble.retry_after
+            delay = delay if down is None else down
             self._pause(delay)
         else:
             with self._changed:
