@@ -71,6 +71,7 @@ def test_the_scheduler_alone_begins_where_a_rollout_does(case: Case, solver: str
     real = backbone.grid(5, *case.size, solver).sigmas
     assert (len(plain), plain[-1]) == (len(real), real[-1])
     torch.testing.assert_close(plain[0], real[0], rtol=0, atol=1e-3)
+    assert torch.equal(plain, real) == backbone.keeps_scheduler_grid
 
 
 @pytest.mark.parametrize("case", GUIDED, indirect=True)

@@ -121,3 +121,10 @@ def test_the_difference_at_equal_reward_by_hand() -> None:
     short = curve([0.0, 0.5], held=[0.0, 0.5])
     assert drift_difference(short, tent, "held") == pytest.approx(-0.25)
     assert math.isnan(drift_difference(curve([0.5, 0.4], held=[0.0, 0.0]), tent, "held"))
+
+
+@pytest.mark.parametrize(("gain", "known"), [(0.1, False), (0.11, True)])
+def test_a_common_range_of_a_tenth_of_the_references_gain_tells_no_difference(gain: float, known: bool) -> None:
+    reference = curve([0.0, 1.0], held=[0.5, 0.5])
+    found = drift_difference(curve([0.0, gain], held=[0.5, 0.9]), reference, "held")
+    assert found == (pytest.approx(0.2) if known else pytest.approx(NAN, nan_ok=True))

@@ -148,6 +148,32 @@ def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
     assert "- task/slow/seed-9: out of memory" in text
 
 
+def test_seeds_that_gain_nothing_are_counted(outcomes: list[Outcome], tmp_path: Path) -> None:
+    """Of `slow`, two seeds of three fall from the start; of a fourth seed there is no reference."""
+    fallen = [outcome("slow", seed, [0.2, 0.1, 0.1], [0.5, 0.4, 0.4]) for seed in (1, 2)]
+    kept = [one for one in outcomes if one.cell.arm != "slow" or one.cell.seed == 0]
+    lone = [outcome("hacks", 7, [0.2, 0.6, 0.8], [0.5, 0.3, 0.2], anchor=1.0)]
+    text = write_report(tmp_path, SUITE, [*kept, *fallen, *lone], {}, {}).read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    told = {row[0]: row[1:] for row in rows[6:]}
+    assert told["seeds"] == ["3", "3", "4"]
+    assert told["images to 90% of its gain"] == ["170 [170, 170]", "reached by 1 of 3", "170 [170, 170]"]
+    assert told["divided by crd's images to there"][1:] == [
+        "both get there with 1 of 3 seeds",
+        "1.00 [1.00, 1.00] (3 of 4)",
+    ]
+    assert told["images to 90% of crd's gain"][1:] == ["reached by 0 of 3", "170 [170, 170] (3 of 4)"]
+    assert told["mean change over its rewards"][1:] == ["0 (1 of 3)", "−0.150 [−0.150, −0.150]"]
+    assert told["difference at equal reward"][1:] == ["0 (1 of 3)", "**−0.150 [−0.150, −0.150]** (3 of 4)"]
+
+
+def test_where_the_reference_gains_nothing_no_seed_is_dropped(outcomes: list[Outcome], tmp_path: Path) -> None:
+    fallen = [outcome("crd", 0, [0.2, 0.1, 0.1], [0.5, 0.4, 0.4])]
+    text = write_report(tmp_path, SUITE, [*fallen, *outcomes[1:]], {}, {}).read_text()
+    lines = [line for line in text.splitlines() if "crd's" in line]
+    assert [line.count(" 2 of 3") for line in lines] == [2, 2]
+
+
 def test_figures_are_drawn_for_groups_and_sweeps(outcomes: list[Outcome], tmp_path: Path) -> None:
     figures = draw_figures(tmp_path, SUITE, outcomes)
     (written,) = figures.values()

@@ -115,6 +115,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"alarm": "stop"}, "alarm must not be stop"),
         ({"rollout_batch": "auto"}, "must be numbers, got 144 and auto"),
         ({"timestep_fraction": 1e-5, "solver": "dpmsolver++"}, "arm loose: .*keeps no rollout step"),
+        ({"objective": "flow_grpo", "sampler_slope": 0, "draws": 9}, "arm loose: .*got draws=9 of 5 steps"),
         ({"objective": "nothing"}, "arm loose: unknown objective 'nothing'"),
         ({"rewards": "nothing"}, "unknown reward 'nothing'"),
         ({"height": 17}, "arm loose: .*17"),

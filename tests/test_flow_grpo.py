@@ -17,7 +17,7 @@ from crd.config import CRDConfig
 from crd.errors import CRDError
 from crd.objectives.flow_grpo import FlowGRPOObjectiveConfig
 from crd.records import Rollout
-from crd.run_parts import check_settings
+from crd.run_parts import check_settings, check_times
 from crd.sde import SDESteps, log_density
 from crd.trainer import CRDTrainer
 from crd.trajectories import Trajectories
@@ -145,6 +145,16 @@ def test_what_the_model_and_its_grid_do_not_allow(run: CRDConfig, change: dict[s
     with pytest.raises(CRDError) as error:
         CRDTrainer(args=replace(run, **change))
     assert message in str(error.value)
+
+
+def test_of_a_grid_that_is_not_known_all_steps_may_be_kept(run: CRDConfig) -> None:
+    grid = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    half = replace(run, timestep_fraction=0.5, draws=4)
+    with pytest.raises(CRDError, match="got draws=4 of 3 steps"):
+        check_times(half, grid, exact=True)
+    check_times(half, grid, exact=False)
+    with pytest.raises(CRDError, match="got draws=5 of 4 steps"):
+        check_times(replace(half, draws=5), grid, exact=False)
 
 
 @pytest.mark.parametrize("objective", ["nft", "flow_grpo"])

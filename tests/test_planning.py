@@ -184,10 +184,14 @@ def test_a_dry_run_checks_and_leaves_nothing(
     assert main(["train", str(path), "--dry-run"]) == 0
     assert "3 training and 3 evaluation prompts" in " ".join(capsys.readouterr().out.split())
     assert not Path(config.output_dir).exists()
+    trained = (
+        "--objective flow_grpo --sampler_start 0 --sampler_slope 0 --rollout_steps 4 --timestep_fraction 0.5 --draws 3"
+    )
     for options, message in (
         (["--rewards", "geneval-tiny"], "tag"),
         (["--height", "15"], "multiple"),
         (["--solver", "dpmsolver++", "--timestep_fraction", "1e-5"], "keeps no rollout step"),
+        (trained.split(), "got draws=3 of 2 steps with timestep_fraction=0.5; set draws=2"),
         (["--output_dir", str(tmp_path)], "is not empty"),
         (["--output_dir", str(path / "run")], "run.yaml is a file"),
     ):

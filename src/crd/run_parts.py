@@ -145,23 +145,28 @@ def check_settings(backbone: Backbone, config: CRDConfig) -> None:
         raise CRDError("weighting=likelihood is for flow matching, got a DDPM model; use adaptive or unit")
 
 
-def check_times(config: CRDConfig, sigmas: Tensor) -> None:
-    """Refuse settings of `timesteps` that leave nothing of a grid to train on.
+def check_times(config: CRDConfig, sigmas: Tensor, exact: bool) -> None:
+    """Refuse settings of times that a grid does not have.
+
+    Args:
+        config: of the run.
+        sigmas: (S + 1,) noise levels of its rollouts.
+        exact: they are; if not, only their number and their ends are, and `timestep_fraction` may keep all S.
 
     Raises:
-        CRDError: no step of it is noisy enough.
+        CRDError: no step of it is noisy enough, or too few for an objective that trains on each once.
     """
-    once = generator(config.seed)
-    draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=config.timestep_fraction, generator=once)
+    once, fraction = generator(config.seed), config.timestep_fraction
+    draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=fraction, generator=once)
+    kept = len(kept_grid(sigmas, fraction)) if exact else len(sigmas) - 1
+    if TRAJECTORY in config.objective_config().build().needs and config.draws > kept:
+        raise CRDError(f"objective={config.objective} trains on a step once, got draws={config.draws} of {kept} steps "
+                       f"with timestep_fraction={fraction:g}; set draws={kept} or less")  # fmt: skip
 
 
 def _sigmas(backbone: Backbone, config: CRDConfig) -> Tensor:
     """The grid of rollouts; what does not fit the model is refused here, before a run folder exists."""
     check_settings(backbone, config)
     sigmas = backbone.grid(config.rollout_steps, config.height, config.width, config.solver).sigmas
-    kept = len(kept_grid(sigmas, config.timestep_fraction))
-    if TRAJECTORY in config.objective_config().build().needs and config.draws > kept:
-        raise CRDError(f"objective={config.objective} trains on a step once, got draws={config.draws} of {kept} steps "
-                       f"with timestep_fraction={config.timestep_fraction:g}; set draws={kept}")  # fmt: skip
-    check_times(config, sigmas)
+    check_times(config, sigmas, exact=True)
     return sigmas

@@ -48,6 +48,7 @@ class PipelineBackbone(Backbone):
     shared: ClassVar[tuple[str, ...]] = ()  # inputs of the denoiser without a batch axis
     paired: ClassVar[bool] = False  # stock CFG is one call, unconditional rows first, which "" alone does not give
     lengths: ClassVar[tuple[int, int, int] | None] = (1, 512, 512)  # max_sequence_length: least, stock default, most
+    own_grid: ClassVar[bool] = True  # the stock call lays out the grid; False: it takes that of its scheduler
     patch: ClassVar[int] = 2  # latent pixels along the side of a token
     time_scale: float = 1000.0  # what the denoiser is told at t = 1
 
@@ -199,6 +200,11 @@ class PipelineBackbone(Backbone):
             return self.encode([""], height, width)
         inputs = self._record([""], height, width, scale=_ANY_SCALE).inputs
         return {name: tensor[:1] for name, tensor in self.rows(inputs, 2).items()}
+
+    @property
+    def keeps_scheduler_grid(self) -> bool:
+        """Whether `plain_grid` is that of rollouts: neither the stock call nor the picture's size changes it."""
+        return not (self.own_grid or self.pipeline.scheduler.config.get("use_dynamic_shifting", False))
 
     def grid(self, num_steps: int, height: int | None = None, width: int | None = None, solver: str = EULER) -> Grid:
         if num_steps < 1:

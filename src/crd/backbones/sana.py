@@ -20,6 +20,7 @@ class SanaBackbone(PipelineBackbone):
     conditioning = ("encoder_hidden_states", "encoder_attention_mask")
     paired = True  # only prompts get the stock pipeline's instruction in front, "" as the negative does not
     lengths = (2, 300, 300)
+    own_grid = False
 
     def configure(self) -> None:
         self.time_scale = 1000.0 * self.config.timestep_scale

@@ -34,6 +34,7 @@ class SD3Backbone(PipelineBackbone):
     repeated_blocks = ("JointTransformerBlock",)
     conditioning = ("encoder_hidden_states", "pooled_projections")
     lengths = (0, 256, 512)
+    own_grid = False
 
     def configure(self) -> None:
         if self.max_sequence_length == 0:  # the T5 cannot encode zero tokens

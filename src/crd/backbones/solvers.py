@@ -108,8 +108,8 @@ def solver_scheduler(own: Any, solver: str, flow: bool) -> Any:
 def plain_grid(own: Any, num_steps: int, solver: str, flow: bool) -> Grid:
     """The grid of a scheduler by itself; arguments as in `solver_scheduler`.
 
-    Where the stock pipeline shifts it by the picture's size, only its ends, near 1 and 0, are those of a rollout,
-    up to 1e-3.
+    Where the stock pipeline lays out its own or shifts it by the picture's size, only the number of its levels and its
+    ends, near 1 and 0, are those of a rollout, up to 1e-3. `PipelineBackbone.keeps_scheduler_grid` says where not.
     """
     scheduler = solver_scheduler(own, solver, flow)
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting", False) else {}

@@ -25,6 +25,7 @@ class StableDiffusionBackbone(PipelineBackbone):
     flow = False
     conditioning: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     lengths = None
+    own_grid = False
     patch = 1
 
     def configure(self) -> None:

@@ -15,6 +15,7 @@ from crd.metrics.bootstrap import student_quantile
 
 LEVEL = 0.95
 SHARE = 0.9  # of a gain in reward, whose images are counted
+LEAST_RANGE = 0.1  # of the reference's gain: rewards that two runs must share to be compared at equal reward
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,11 @@ def drift_difference(curve: Curve, reference: Curve, score: str) -> float:
         1 / (b - a) int_a^b (H(r) - H_reference(r)) dr
 
     [a, b] is the range of rewards that both runs have passed, from the higher of their starts (runs of one seed have
-    the same) to the lower of their maxima. NaN if there is none.
+    the same) to the lower of their maxima. NaN if it is no longer than `LEAST_RANGE` of the reference's gain: divided
+    by so little, the noise of two evaluations would be a difference.
     """
     mine, theirs = DriftCurve.of(curve, score), DriftCurve.of(reference, score)
     low = float(max(mine.reward[0], theirs.reward[0]))
     high = float(min(mine.reward[-1], theirs.reward[-1]))
-    return (mine.area(low, high) - theirs.area(low, high)) / (high - low) if high > low else math.nan
+    least = LEAST_RANGE * float(theirs.reward[-1] - theirs.reward[0])
+    return (mine.area(low, high) - theirs.area(low, high)) / (high - low) if high - low > least else math.nan

@@ -45,6 +45,14 @@ class Comparison:
         """A measure of every seed of an arm; NaN where it does not apply."""
         return [found.get(measure, math.nan) for found in self.arms[arm].values()]
 
+    def applying(self, arm: str, measure: str) -> list[float]:
+        """Likewise, without the seeds that the reference has not finished; NaN where a run has no such value."""
+        return [found[measure] for found in self.arms[arm].values() if measure in found]
+
+    def seeds(self, arm: str) -> int:
+        """How many seeds of an arm are finished."""
+        return len(self.arms[arm])
+
     def mean(self, arm: str, measure: str) -> Interval:
         """A measure of an arm over its seeds."""
         return over_seeds(self.values(arm, measure))
@@ -106,7 +114,7 @@ def _measures(
 
 
 def _quotient(mine: float, theirs: float) -> float:
-    """0 where the reference never gets there; NaN where it begins there."""
+    """0 where the reference never gets there; NaN where it begins there, or where there is no target."""
     return mine / theirs if theirs > 0 else math.nan
 
 

@@ -29,6 +29,7 @@ from crd.report.words import duration, number, signed, title
 REPORT_FILE = "report.md"
 _DASH = "–"
 _READING = f"""Means over the seeds with 95% intervals of Student's t; few seeds make them wide, and one gives none.
+"(3 of 5)" behind one says that only so many seeds of the arm have such a value.
 Differences and ratios are to the reference arm, paired by seed; bold where the interval excludes 0, or 1 for a ratio.
 Intervals are not corrected for their number. "Reward" is that on the evaluation prompts, "{SHARE:.0%} of its gain" the
 first crossing of start + {SHARE} (end - start) between evaluations, "at equal reward" the mean difference of the drift
@@ -118,7 +119,7 @@ def _bases(outcomes: Sequence[Outcome], comparison: Comparison) -> list[str]:
 def _table(comparison: Comparison, arms: Sequence[str], tell: Sequence[str]) -> str:
     """A column for each arm, a row for each measure."""
     table, share, reference = _Rows(comparison, arms), f"{SHARE:.0%}", comparison.reference
-    table.add("seeds", lambda arm: str(len(comparison.arms[arm])))
+    table.add("seeds", lambda arm: str(comparison.seeds(arm)))
     table.mean(f"reward at {comparison.images:,.0f} images", "reward")
     table.difference("reward")
     table.mean(f"reward at {duration(comparison.seconds)} of training", REWARD_BY_SECONDS)
@@ -152,36 +153,46 @@ class _Rows:
         self.add(label, lambda arm: "" if arm == self._of.reference else cell(arm))
 
     def mean(self, label: str, measure: str, form: Callable[[float], str] = number) -> None:
-        self.add(label, lambda arm: _plain(self._of.mean(arm, measure), form))
+        self.add(label, lambda arm: _plain(self._of.mean(arm, measure), self._of.seeds(arm), form))
 
     def difference(self, measure: str) -> None:
-        self.versus("difference", lambda arm: _signed(self._of.difference(arm, measure)))
+        self.versus("difference", lambda arm: _signed(self._of.difference(arm, measure), self._of.seeds(arm)))
 
     def at_equal_reward(self, score: str) -> None:
-        self.versus("difference at equal reward", lambda arm: _signed(self._of.mean(arm, f"{EQUAL_REWARD}{score}")))
+        measure = f"{EQUAL_REWARD}{score}"
+        self.versus("difference at equal reward", lambda arm: _signed(self._of.mean(arm, measure), self._of.seeds(arm)))
 
     def ratio(self, measure: str) -> None:
-        self.versus("ratio", lambda arm: _ratio(self._of.ratio(arm, measure)))
+        self.versus("ratio", lambda arm: _ratio(self._of.ratio(arm, measure), self._of.seeds(arm)))
 
 
-def _plain(found: Interval, form: Callable[[float], str] = number) -> str:
+def _plain(found: Interval, seeds: int, form: Callable[[float], str] = number) -> str:
+    return _DASH if math.isnan(found.mean) else _spread(found, form) + _counted(found, seeds)
+
+
+def _signed(found: Interval, seeds: int) -> str:
+    return _bold(_spread(found, signed), found.excludes(0)) + _counted(found, seeds)
+
+
+def _ratio(found: Interval, seeds: int) -> str:
     if math.isnan(found.mean):
         return _DASH
+    return _bold(_spread(found, "{:.2f}".format), found.excludes(1)) + _counted(found, seeds)
+
+
+def _spread(found: Interval, form: Callable[[float], str]) -> str:
     if math.isnan(found.low):
         return form(found.mean)
     return f"{form(found.mean)} [{form(found.low)}, {form(found.high)}]"
 
 
-def _signed(found: Interval) -> str:
-    if math.isnan(found.low):
-        return signed(found.mean)
-    text = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
-    return f"**{text}**" if found.excludes(0) else text
+def _bold(text: str, whether: bool) -> str:
+    return f"**{text}**" if whether else text
 
 
-def _ratio(found: Interval) -> str:
-    text = _plain(found, "{:.2f}".format)
-    return f"**{text}**" if found.excludes(1) else text
+def _counted(found: Interval, seeds: int) -> str:
+    """How many of an arm's seeds a mean is of, where it is not all: those left out are not like the others."""
+    return "" if found.seeds in (0, seeds) else f" ({found.seeds} of {seeds})"
 
 
 def _whole(count: float) -> str:
@@ -193,23 +204,21 @@ def _gigabytes(count: float) -> str:
 
 
 def _reached(comparison: Comparison, arm: str, measure: str) -> str:
-    """Images; where some seeds never get there, how many do."""
-    known = [value for value in comparison.values(arm, measure) if not math.isnan(value)]
-    reached = [value for value in known if math.isfinite(value)]
-    if not known:
-        return _DASH
-    if len(reached) < len(known):
-        return f"reached by {len(reached)} of {len(known)}"
-    return _plain(comparison.mean(arm, measure), _whole)
+    """Images; where some seeds never get there, or gain nothing that they could get to, how many do."""
+    found = comparison.applying(arm, measure)
+    reached = sum(math.isfinite(value) for value in found)
+    if reached < len(found):
+        return f"reached by {reached} of {len(found)}"
+    return _plain(comparison.mean(arm, measure), comparison.seeds(arm), _whole)
 
 
 def _speed(comparison: Comparison, arm: str) -> str:
-    """How many times the reference's images an arm takes to 90% of its gain."""
-    known = [value for value in comparison.values(arm, SPEED) if not math.isnan(value)]
-    there = sum(value > 0 for value in known)
-    if there < len(known):
-        return f"{comparison.reference} gets there with {there} of {len(known)} seeds"
-    return _ratio(ratio_over_seeds(known))
+    """How many times the reference's images an arm takes to 90% of its gain; where not all seeds tell, how many do."""
+    found = comparison.applying(arm, SPEED)
+    there = sum(value > 0 for value in found)
+    if there < len(found):
+        return f"both get there with {there} of {len(found)} seeds"
+    return _ratio(ratio_over_seeds(found), comparison.seeds(arm))
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -114,7 +114,7 @@ def check_without_weights(backbone: PipelineBackbone, config: CRDConfig) -> None
     """
     check_settings(backbone, config)
     grid = plain_grid(backbone.pipeline.scheduler, config.rollout_steps, config.solver, backbone.flow)
-    check_times(config, grid.sigmas)
+    check_times(config, grid.sigmas, exact=backbone.keeps_scheduler_grid)
 
 
 class _Estimate:
