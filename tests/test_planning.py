@@ -191,7 +191,7 @@ def test_a_dry_run_checks_and_leaves_nothing(
         (["--rewards", "geneval-tiny"], "tag"),
         (["--height", "15"], "multiple"),
         (["--solver", "dpmsolver++", "--timestep_fraction", "1e-5"], "keeps no rollout step"),
-        (trained.split(), "got draws=3 of 2 steps with timestep_fraction=0.5; set draws=2"),
+        ([*trained.split(), "--draws", "4"], "got draws=4 of 3 steps with timestep_fraction=0.5; set draws=3"),
         (["--output_dir", str(tmp_path)], "is not empty"),
         (["--output_dir", str(path / "run")], "run.yaml is a file"),
     ):
