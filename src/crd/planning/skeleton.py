@@ -1,4 +1,4 @@
-"""A model without numbers: its backbone on the meta device, from configuration files."""
+"""A model without its weights: its backbone from configuration files, as a rule on the meta device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A backbone that can run, and yields shapes alone."""
+    """A backbone that can run, and on the meta device yields shapes alone."""
 
     backbone: PipelineBackbone
     encoder_bytes: int  # of the text encoders
@@ -30,12 +30,13 @@ class Skeleton:
     clip_tokens: int  # of a text, for families that read CLIP
 
 
-def build_skeleton(model: ModelFiles, dtype: torch.dtype) -> Skeleton:
-    """Build every network of a pipeline on the meta device.
+def build_skeleton(model: ModelFiles, dtype: torch.dtype, device: torch.device | str = "meta") -> Skeleton:
+    """Build a pipeline without text encoders, whose size is found.
 
     Args:
         model: what its configuration files say.
         dtype: of the pretrained weights.
+        device: of denoiser and VAE; elsewhere than on "meta" their weights are random.
 
     Raises:
         CRDError: a pipeline or a part that is not supported.
@@ -43,7 +44,7 @@ def build_skeleton(model: ModelFiles, dtype: torch.dtype) -> Skeleton:
     backbone_class = family(model.pipeline_class, "the model")
     encoders = {name: part for name, part in model.components.items() if name.startswith("text_encoder")}
     parts: dict[str, object] = {
-        name: build_network(part, dtype)
+        name: build_network(part, dtype, device)
         for name, part in model.components.items()
         if name in ("transformer", "unet", "vae")
     }
@@ -72,10 +73,10 @@ def size_of(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def build_network(part: Component, dtype: torch.dtype) -> nn.Module:
-    """One network of a pipeline on the meta device."""
+def build_network(part: Component, dtype: torch.dtype, device: torch.device | str = "meta") -> nn.Module:
+    """One network of a pipeline as its class initialises it."""
     kind = _class(part)
-    with torch.device("meta"):
+    with torch.device(device):
         if part.library == "diffusers":
             network: nn.Module = kind.from_config(dict(part.config))
         else:
