@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ from crd.objectives import objective_config
 from crd.objectives.base import TRAJECTORY
 from crd.objectives.kl import ObjectiveConfig
 from crd.schedules import LearningRate, RampDecay
+from crd.setting_checks import check_option
 
 MIXED_PRECISION = ("auto", "no", "bf16")
 BASE_DTYPES = ("float32", "bfloat16")
@@ -145,19 +145,19 @@ class CRDConfig:
     wandb: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("timesteps", self.timesteps, TIMESTEP_MODES)
-        _check_choice("kl_gate", self.kl_gate, KL_GATES)
-        _check_choice("reward_normalization", self.reward_normalization, NORMALIZATIONS)
-        _check_choice("alarm", self.alarm, ACTIONS)
-        _check_choice("solver", self.solver, SOLVERS)
-        _check_choice("compile", self.compile, ("no", "regional"))
+        check_option("timesteps", self.timesteps, TIMESTEP_MODES)
+        check_option("kl_gate", self.kl_gate, KL_GATES)
+        check_option("reward_normalization", self.reward_normalization, NORMALIZATIONS)
+        check_option("alarm", self.alarm, ACTIONS)
+        check_option("solver", self.solver, SOLVERS)
+        check_option("compile", self.compile, ("no", "regional"))
         if self.alarm == "raise_kl" and self.kl_max == 0:
             raise CRDError("alarm=raise_kl needs an anchor to strengthen, got kl_max=0; set kl_max, or use stop")
-        _check_choice("finetune", self.finetune, ("lora", "full"))
+        check_option("finetune", self.finetune, ("lora", "full"))
         if self.mixed_precision == "fp16":
             raise CRDError("mixed_precision=fp16 is not resumable exactly yet (its loss scale is not saved); use bf16")
-        _check_choice("mixed_precision", self.mixed_precision, MIXED_PRECISION)
-        _check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
+        check_option("mixed_precision", self.mixed_precision, MIXED_PRECISION)
+        check_option("base_dtype", self.base_dtype, BASE_DTYPES)
         if self.base_dtype == "bfloat16" and self.finetune == "full":
             raise CRDError("base_dtype=bfloat16 would round away small updates of finetune=full; use float32, or lora")
         positive = ("updates", "prompts_per_update", "group_size", "optimizer_steps", "rollout_steps", "draws",
@@ -167,7 +167,7 @@ class CRDConfig:
             _check_above(name, self._value(name), 0)
         for name, rows in (("micro_batch", self.micro_batch), ("rollout_batch", self.rollout_batch)):
             if isinstance(rows, str):
-                _check_choice(name, rows, (AUTO,))
+                check_option(name, rows, (AUTO,))
             else:
                 _check_above(name, rows, 0)
         for name in ("warmup_steps", "cooldown_updates", "weight_decay", "eval_every", "save_every"):
@@ -201,11 +201,11 @@ class CRDConfig:
         if self.residual == "leave_one_out" and self.draws < 2:
             raise CRDError("residual=leave_one_out needs draws of 2 or more, got 1; raise draws")
         # Built here so that a bad value is refused before any model is loaded.
-        objective = self.objective_config().build()
+        needs = self.needs
         self.rate_schedule()
         self.old_schedule()
         self.sampler_schedule()
-        if TRAJECTORY in objective.needs:
+        if TRAJECTORY in needs:
             self._check_trajectories()
 
     def _check_trajectories(self) -> None:
@@ -220,6 +220,11 @@ class CRDConfig:
     def _value(self, name: str) -> float:
         value: float = self.__dict__[name]
         return value
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the loss reads beside the policy's velocity, as `Objective.needs`."""
+        return self.objective_config().build().needs
 
     @property
     def automatic(self) -> bool:
@@ -254,11 +259,6 @@ class CRDConfig:
         """The resolved configuration; `load_config` of it gives the same object."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(plain, sort_keys=False)
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise CRDError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _check_above(name: str, value: float, bound: float, inclusive: bool = False) -> None:

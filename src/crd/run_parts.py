@@ -122,7 +122,7 @@ def sampling_role(config: CRDConfig) -> str:
 
 def trained_roles(config: CRDConfig) -> tuple[str, ...]:
     """The roles of a run beside the policy and the anchor."""
-    needed = config.objective_config().build().needs | {sampling_role(config)}
+    needed = config.needs | {sampling_role(config)}
     return tuple(role for role in (OLD, SAMPLER) if role in needed)
 
 
@@ -138,7 +138,7 @@ def check_settings(backbone: Backbone, config: CRDConfig) -> None:
     if config.objective_config().flow_only and not backbone.flow:
         raise CRDError(f"objective={config.objective} is for flow matching, got a DDPM model; use crd")
     trained_scale = backbone.trained_scale(config.rollout_guidance)
-    if TRAJECTORY in config.objective_config().build().needs and config.rollout_guidance != trained_scale:
+    if TRAJECTORY in config.needs and config.rollout_guidance != trained_scale:
         raise CRDError(f"objective={config.objective} trains on the policy's own trajectories, got rollout_guidance="
                        f"{config.rollout_guidance:g}; set rollout_guidance={trained_scale:g}")  # fmt: skip
     if config.weighting == "likelihood" and not backbone.flow:
@@ -159,7 +159,7 @@ def check_times(config: CRDConfig, sigmas: Tensor, exact: bool) -> None:
     once, fraction = generator(config.seed), config.timestep_fraction
     draw_timesteps(config.timesteps, sigmas, units=1, draws=1, fraction=fraction, generator=once)
     kept = len(kept_grid(sigmas, fraction)) if exact else len(sigmas) - 1
-    if TRAJECTORY in config.objective_config().build().needs and config.draws > kept:
+    if TRAJECTORY in config.needs and config.draws > kept:
         raise CRDError(f"objective={config.objective} trains on a step once, got draws={config.draws} of {kept} steps "
                        f"with timestep_fraction={fraction:g}; set draws={kept} or less")  # fmt: skip
 

@@ -61,6 +61,7 @@ def velocity_drift(
     Source: arXiv 2603.14128 (the KL estimate); images and times are ours.
     """
     share = share.first(IMAGES)
+    compared = ((role, guidance), (ANCHOR, anchor_guidance), (ANCHOR, base_guidance))
     counted = share.counted[share.rank].tolist()
     pairs = [(place, t) for place in range(len(counted)) for t in TIMES]
 
@@ -76,12 +77,13 @@ def velocity_drift(
             noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
             t = t.to(x0)
             x_t, conditioning = interpolate(x0, noise, t), rollout.conditioning.select(place).gather()
-            found = []
-            for name, scale in ((role, guidance), (ANCHOR, anchor_guidance), (ANCHOR, base_guidance)):
+            found: dict[tuple[str, float], Tensor] = {}
+            for name, scale in dict.fromkeys(compared):  # the base model may be compared with itself
                 with snapshots.use(name) as denoiser, engine.autocast():
-                    found.append(guided_velocity(backbone, denoiser, x_t, t, conditioning, uncond, scale).double())
+                    velocities = guided_velocity(backbone, denoiser, x_t, t, conditioning, uncond, scale)
+                found[name, scale] = velocities.double()
             own = [row for row, (index, _) in enumerate(chosen) if counted[index]]
-            velocity, anchor, base = (one[own] for one in found)
+            velocity, anchor, base = (found[one][own] for one in compared)
             squares = (velocity - anchor, velocity - base, velocity)
             sums[:3] += torch.stack([one.square().sum() for one in squares]).cpu()
             sums[3] += velocity.numel()

@@ -49,7 +49,7 @@ def geometry(config: CRDConfig, gpus: int) -> Geometry:
 
 def references(config: CRDConfig) -> frozenset[str]:
     """The roles whose velocities the objective reads, `old` and anchor among them."""
-    return config.objective_config().build().needs & {OLD, ANCHOR}
+    return config.needs & {OLD, ANCHOR}
 
 
 def rows_per_image(backbone: Backbone, scale: float) -> int:

@@ -145,15 +145,14 @@ class Dispatch(Generic[T]):
             answer = self._pieces[number](server.client)
         except NoAnswerError as trouble:
             # Before the piece is given back: another thread of this server would send it to the dying one at once.
-            down = None
             with server.lock:
                 if trouble.down:
-                    down = self._found_down(server, trouble)
+                    delay = self._found_down(server, trouble)
                 elif trouble.sent:
                     server.known = False  # it may hang: whether it is there is asked before it gets another piece
             self._give_back(number, server, trouble)
-            delay = self._delay(self._tries[number]) if trouble.retry_after is None else trouble.retry_after
-            delay = delay if down is None else down
+            if not trouble.down:
+                delay = self._delay(self._tries[number]) if trouble.retry_after is None else trouble.retry_after
             self._pause(delay)
         else:
             with self._changed:
