@@ -119,7 +119,7 @@ def test_what_is_finished_or_has_failed_is_not_run_again(
     assert (out / "results.jsonl").read_text() == kept
     assert "## Failed runs" in (out / "report.md").read_text()
     suite = read_suite(str(suite_file))
-    planned = plan_cells(suite, suite.cells(), out, 1)
+    planned = plan_cells(suite, suite.cells(), out, {})
     assert [one.state for one in planned] == ["finished", "finished", "failed"]
     assert to_do(planned, retry=False) == []
     (again,) = to_do(planned, retry=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from crd.bench.cells import CellFolder
 from crd.bench.checks import check_runs, rows_per_update
 from crd.bench.suite import Cell
 from crd.bench.suite_file import parse_suite, read_suite, suites
@@ -19,6 +20,7 @@ from crd.cli import main
 from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.objectives import OBJECTIVES
+from crd.run_folder import CONFIG_FILE
 
 OUT = Path("out")
 
@@ -50,7 +52,7 @@ def test_seeds_come_first_to_last_and_each_has_all_arms() -> None:
 
 def test_settings_of_an_arm_go_over_those_of_the_task_and_these_over_the_suites() -> None:
     suite = parse_suite(written())
-    found = {str(cell): suite.config(cell, OUT, 3) for cell in suite.cells(seeds=[1])}
+    found = {str(cell): suite.config(cell, OUT, {"threads": 3}) for cell in suite.cells(seeds=[1])}
     assert found["ocr/crd/seed-1"] == replace(
         load_config("ocr-demo"), updates=5, kl_max=0.5, seed=1, output_dir="out", threads=3
     )
@@ -109,6 +111,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     ("arm", "message"),
     [
         ({"kl_maks": 1}, "arm loose: unknown configuration key 'kl_maks'; did you mean 'kl_max'"),
+        ({"compile": "regional"}, "arm loose: compile follows from"),
         ({"seed": 3}, "arm loose: seed follows from the suite's seeds"),
         ({"output-dir": "x"}, "arm loose: output_dir follows from"),
         ({"eval_prompts": None}, "eval_prompts must name prompts"),
@@ -166,10 +169,22 @@ def test_bundled_suites_are_told_of() -> None:
 
 def test_the_ablations_change_one_thing_and_draw_equally_many_images() -> None:
     suite = read_suite("ablations")
-    configs = {cell.arm: suite.config(cell, OUT, 1) for cell in suite.cells(seeds=[0])}
+    configs = {cell.arm: suite.config(cell, OUT, {}) for cell in suite.cells(seeds=[0])}
     for arm, config in configs.items():
         assert config.prompts_per_update * config.group_size == 144, arm
         assert (config != configs["crd"]) == (arm != "crd")
         assert rows_per_update(config) <= rows_per_update(configs["crd"]), arm  # no step needs a second pass
     told = {arm for arms in suite.tables().values() for arm in arms}
     assert told == set(suite.arms)
+
+
+def test_a_run_is_gone_on_with_as_the_harness_executes_it(tmp_path: Path) -> None:
+    """How a run is executed may change on the way: the number of threads, and whether blocks are compiled."""
+    suite = parse_suite(written())
+    folder = CellFolder(tmp_path, suite.cells()[0])
+    begun = suite.config(folder.cell, folder.run, {"threads": 1, "compile": "no"})
+    folder.run.mkdir(parents=True)
+    (folder.run / CONFIG_FILE).write_text(begun.to_yaml())
+    config = suite.config(folder.cell, folder.run, {"threads": 2, "compile": "regional"})
+    folder.check_same(config)
+    assert folder.command(config)[-4:] == ["--threads", "2", "--compile", "regional"]

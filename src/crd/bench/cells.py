@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crd.atomic import replace_file
-from crd.bench.suite import Cell
+from crd.bench.suite import EXECUTION, Cell
 from crd.config import CRDConfig
 from crd.config_io import load_config
 from crd.errors import CRDError
@@ -24,8 +24,8 @@ from crd.loading import is_run
 from crd.run_folder import CONFIG_FILE, SUMMARY_FILE
 
 NEW, STARTED, FAILED, FINISHED = "new", "started", "failed", "finished"
-# What may differ between the suite and a run that it goes on with: where it lies, and how many threads it has.
-_FREE = frozenset({"output_dir", "threads"})
+# What may differ between the suite and a run that it goes on with: where it lies, and how it is executed.
+_FREE = frozenset({"output_dir", *EXECUTION})
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Attempt:
     processor: str
     cores: int
     commit: str | None  # of the code; None = it does not lie in a git repository
+    compile: str = "no"  # as in the configuration
 
 
 class CellFolder:
@@ -90,7 +91,8 @@ class CellFolder:
         """
         train = [sys.executable, "-m", "crd", "train"]
         if is_run(self.run):
-            return [*train, "--resume", str(self.run), "--threads", str(config.threads)]
+            execution = [word for name in EXECUTION for word in (f"--{name}", str(config.__dict__[name]))]
+            return [*train, "--resume", str(self.run), *execution]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             replace_file(self._settings, lambda path: path.write_text(config.to_yaml(), encoding="utf-8"))
@@ -140,4 +142,5 @@ def _parse(line: JsonObject) -> Attempt:
         processor=line.text("processor"),
         cores=line.integer("cores", 1),
         commit=line.text("commit") if line.has("commit") else None,
+        compile=line.text("compile") if line.has("compile") else "no",
     )

@@ -30,7 +30,7 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
         if cell.arm in known:  # another seed asks for nothing else
             continue
         with told_of(f"suite {suite.name}, task {cell.task}, arm {cell.arm}"):
-            known[cell.arm] = suite.config(cell, Path("unused"), None)
+            known[cell.arm] = suite.config(cell, Path("unused"), {})
             load_judged(known[cell.arm])
             check_without_weights(_backbone(known[cell.arm]), known[cell.arm])
     for task, configs in arms.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from crd.bench.cells import FAILED, Attempt, CellFolder
 from crd.bench.checks import check_runs
@@ -12,7 +13,7 @@ from crd.bench.collect import collect, write_results
 from crd.bench.figures import draw_figures
 from crd.bench.runner import Job, Runner, alone
 from crd.bench.schedule import Planned, failures, outlook, plan_cells, schedule_table, to_do
-from crd.bench.suite import Cell, Suite
+from crd.bench.suite import EXECUTION, Cell, Suite
 from crd.bench.suite_file import read_suite
 from crd.bench.tables import write_report
 from crd.console import console
@@ -36,7 +37,7 @@ def bench(args: argparse.Namespace) -> None:
         return
     cells = suite.cells(args.tasks, args.arms, args.seeds)
     check_runs(suite, cells)
-    planned = plan_cells(suite, cells, out, args.threads)
+    planned = plan_cells(suite, cells, out, _execution(args))
     if suite.about:
         _say(suite.about)
     console.print(schedule_table(suite, planned))
@@ -48,7 +49,7 @@ def bench(args: argparse.Namespace) -> None:
     with alone(out) as lock:
         run_planned(suite, cells, planned, out, args, lock)
         summarise(suite, out)
-    failed = [str(one.cell) for one in plan_cells(suite, cells, out, args.threads) if one.state == FAILED]
+    failed = [str(one.cell) for one in plan_cells(suite, cells, out, _execution(args)) if one.state == FAILED]
     if failed:
         raise CRDError(f"{len(failed)} of {len(cells)} runs failed, {', '.join(failed)}; see log.txt in their folders "
                        f"in {out}, and use --retry")  # fmt: skip
@@ -68,7 +69,7 @@ def run_planned(
             _say(f"failed {cell} after {took}: {job.folder.last_words()}", style="yellow")
             return
         peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
-        left = outlook(plan_cells(suite, cells, out, args.threads), args.jobs)
+        left = outlook(plan_cells(suite, cells, out, _execution(args)), args.jobs)
         _say(f"done {cell}: {took}, {peak}; {left}")
 
     Runner(args.jobs, lock, started, ended).run(to_do(planned, args.retry))
@@ -85,7 +86,7 @@ def summarise(suite: Suite, out: Path) -> bool:
     """
     # Of arms that were never begun, not even the settings need to hold.
     begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
-    planned = plan_cells(suite, begun, out, threads=1)
+    planned = plan_cells(suite, begun, out, {})
     outcomes = collect(planned)
     if not outcomes:
         return False
@@ -94,6 +95,10 @@ def summarise(suite: Suite, out: Path) -> bool:
     report = write_report(out, suite, outcomes, failures(planned), figures)
     _say(f"wrote {report}, {sum(map(len, figures.values()))} figures, results.jsonl and cells.jsonl")
     return True
+
+
+def _execution(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: args.__dict__[name] for name in EXECUTION}
 
 
 def _say(text: str, style: str = "") -> None:

@@ -133,6 +133,7 @@ class Runner:
                 processor=processor(),
                 cores=os.cpu_count() or 1,
                 commit=commit(),
+                compile=config.compile,
             )
             child.job.folder.add(attempt)
             if not stopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -31,8 +32,8 @@ class Planned:
         return self.job.folder.cell
 
 
-def plan_cells(suite: Suite, cells: Sequence[Cell], out: Path, threads: int) -> list[Planned]:
-    """The state of each run; nothing is written.
+def plan_cells(suite: Suite, cells: Sequence[Cell], out: Path, execution: Mapping[str, Any]) -> list[Planned]:
+    """The state of each run, executed with `execution` (of `Suite.config`); nothing is written.
 
     Raises:
         CRDError: a run in `out` was made with other settings.
@@ -40,7 +41,7 @@ def plan_cells(suite: Suite, cells: Sequence[Cell], out: Path, threads: int) -> 
     found, rows = [], dict[tuple[str, str], int]()
     for cell in cells:
         folder = CellFolder(out, cell)
-        config = suite.config(cell, folder.run, threads)
+        config = suite.config(cell, folder.run, execution)
         with told_of(f"suite {suite.name}"):
             folder.check_same(config)
         kind = cell.task, cell.arm

@@ -14,8 +14,9 @@ from crd.errors import CRDError
 
 MOST_LINES = 8  # of a figure: as many colors can be told apart
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-# The harness sets these, run by run.
-_RESERVED = frozenset({"seed", "output_dir", "threads"})
+# How runs are executed: options of the harness, which change what a run costs and, but for rounding, nothing else.
+EXECUTION = ("threads", "compile")
+_RESERVED = frozenset({"seed", "output_dir", *EXECUTION})  # the harness sets these, run by run
 # What decides how images are measured: rewards of arms that differ here do not compare.
 _MEASURED = ("model", "rewards", "reward_weights", "eval_prompts", "eval_images", "eval_steps", "solver", "held_out",
              "height", "width")  # fmt: skip
@@ -121,8 +122,8 @@ class Suite:
             if not arms or arm in arms
         ]
 
-    def config(self, cell: Cell, output_dir: Path, threads: int | None) -> CRDConfig:
-        """The configuration of one run.
+    def config(self, cell: Cell, output_dir: Path, execution: Mapping[str, Any]) -> CRDConfig:
+        """The configuration of one run; `execution` has values for some of `EXECUTION`.
 
         Raises:
             CRDError: no such recipe, an unknown field, a value that is refused, or one that the harness cannot use.
@@ -131,8 +132,8 @@ class Suite:
         for layer in (self.settings, task.settings, self.arms[cell.arm], task.arms.get(cell.arm, {})):
             found |= field_names(layer)
         for name in sorted(found.keys() & _RESERVED):
-            raise CRDError(f"{name} follows from the suite's seeds, --output_dir and --threads; leave it out")
-        found |= {"seed": cell.seed, "output_dir": str(output_dir), "threads": threads}
+            raise CRDError(f"{name} follows from the suite's seeds and the options of crd bench; leave it out")
+        found |= {"seed": cell.seed, "output_dir": str(output_dir), **execution}
         config = load_config(task.recipe, found)
         if config.eval_prompts is None:
             raise CRDError("eval_prompts must name prompts, got none: rewards on them are what is compared")
