@@ -163,7 +163,7 @@ def test_a_file_may_extend_a_recipe_or_another_file(tmp_path: Path) -> None:
     assert (found.beta, found.group_size, found.seed, found.finetune) == (3, 6, 4, base.finetune)
     assert load_config("ocr-tiny").learning_rate == base.learning_rate
     middle.write_text(f"extends: {last}\n")
-    with pytest.raises(CRDError, match=r"extend each other in a circle: .*last.yaml -> .*middle.yaml -> .*last.yaml"):
+    with pytest.raises(CRDError, match=r"extends leads in a circle: .*last.yaml -> .*middle.yaml -> .*last.yaml"):
         load_config(last)
     for text, message in (("extends: nowhere", "no configuration at nowhere"), ("extends: [a]", "must name a recipe")):
         middle.write_text(text)

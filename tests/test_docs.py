@@ -19,7 +19,7 @@ from tiny_pipelines import tiny_pipeline
 
 from crd.backbones import FAMILIES
 from crd.bench.checks import check_runs
-from crd.bench.suite_file import parse_suite
+from crd.bench.suite_file import read_suite
 from crd.cli import _parser
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import config_from
@@ -92,7 +92,8 @@ def test_yaml_blocks_are_valid_configurations(page: Path, tmp_path: Path) -> Non
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block)
         if "arms" in values:
-            suite = parse_suite(values)
+            (tmp_path / "suite.yaml").write_text(block)
+            suite = read_suite(str(tmp_path / "suite.yaml"))
             check_runs(suite, suite.cells())
             continue
         if "servers" in values:

@@ -14,6 +14,7 @@ import yaml
 
 from crd.config import CRDConfig
 from crd.errors import CRDError
+from crd.extends import extended
 from crd.text_files import parse_yaml, read_text
 
 
@@ -29,24 +30,11 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
     Raises:
         CRDError: no such file, not a mapping, an unknown key (the nearest is named), or a wrong type.
     """
-    values = {} if source is None else _extended(source)
-    return config_from(_over(values, overrides or {}))
+    values = {} if source is None else extended(str(source), _read_yaml, over_fields, "a recipe or a file")
+    return config_from(over_fields(values, overrides or {}))
 
 
-def _extended(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The values of a file on top of those of the one it extends."""
-    if str(source) in seen:
-        raise CRDError(f"configurations extend each other in a circle: {' -> '.join((*seen, str(source)))}")
-    values = _read_yaml(source)
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise CRDError(f"extends in {source} must name a recipe or a file, got {base!r}")
-    return _over(_extended(base, (*seen, str(source))), values)
-
-
-def _over(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def over_fields(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with `changes` in place of fields that both name, whichever way they are spelled."""
     field_names(values)
     replaced = field_names(changes)

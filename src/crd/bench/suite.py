@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from crd.config import CRDConfig
-from crd.config_io import field_names, load_config
-from crd.errors import CRDError
+from crd.config_io import field_names, load_config, over_fields
+from crd.errors import CRDError, told_of
+from crd.extends import extended
 
 MOST_LINES = 8  # of a figure: as many colors can be told apart
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -64,7 +65,8 @@ class Suite:
     reference: str  # the arm that others are compared with
     seeds: tuple[int, ...]
     tasks: Mapping[str, Task]
-    arms: Mapping[str, Mapping[str, Any]]  # name -> fields of the configuration
+    # name -> fields of the configuration, and `extends`: an arm whose settings hold where this one gives none
+    arms: Mapping[str, Mapping[str, Any]]
     about: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)  # over the recipes
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # arms of one table and figure
@@ -82,6 +84,9 @@ class Suite:
         self._check_arms([self.reference], "reference")
         for name, task in self.tasks.items():
             self._check_arms(task.arms, f"tasks.{name}.arms")
+            for arm in self.arms:
+                with told_of(f"arm {arm}"):
+                    self._set_on(task, arm)
         for name, arms in {**self.groups, **{key: one.arms for key, one in self.sweeps.items()}}.items():
             self._check_arms(arms, name)
         for title, arms in self.tables().items():
@@ -93,6 +98,15 @@ class Suite:
         for arm in arms:
             if arm not in self.arms:
                 raise CRDError(f"{where} names the arm {arm!r}; known: {', '.join(self.arms)}")
+
+    def _set_on(self, task: Task, arm: str) -> dict[str, Any]:
+        """What an arm sets on a task: its settings there, over its others, over those of the arm that it extends."""
+
+        def read(name: str) -> dict[str, Any]:
+            self._check_arms([name], "extends")
+            return over_fields(self.arms[name], task.arms.get(name, {}))
+
+        return extended(arm, read, over_fields, "an arm")
 
     def tables(self) -> dict[str, tuple[str, ...]]:
         """The arms of each table and figure, the reference first; one of all arms if there are no groups."""
@@ -129,7 +143,7 @@ class Suite:
             CRDError: no such recipe, an unknown field, a value that is refused, or one that the harness cannot use.
         """
         task, found = self.tasks[cell.task], dict[str, Any]()
-        for layer in (self.settings, task.settings, self.arms[cell.arm], task.arms.get(cell.arm, {})):
+        for layer in (self.settings, task.settings, self._set_on(task, cell.arm)):
             found |= field_names(layer)
         for name in sorted(found.keys() & _RESERVED):
             raise CRDError(f"{name} follows from the suite's seeds and the options of crd bench; leave it out")

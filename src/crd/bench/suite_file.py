@@ -10,10 +10,12 @@ from typing import Any
 from crd.bench.suite import Suite, Sweep, Task
 from crd.config import CRDConfig
 from crd.errors import CRDError, told_of
+from crd.extends import extended
 from crd.setting_checks import check_count, check_text
 from crd.text_files import known_fields, parse_yaml, read_text
 
 _NEEDED = ("name", "reference", "seeds", "tasks", "arms")
+_OWN = ("name", "about")  # not taken from the suite that is extended
 
 
 def suites() -> list[str]:
@@ -24,20 +26,40 @@ def suites() -> list[str]:
 def read_suite(source: str) -> Suite:
     """A suite file, or a bundled suite by its name.
 
+    The key `extends` names another one, which gives what this one leaves out. Tasks, arms and the arms of a task
+    are put together name by name; every other key is taken or replaced as a whole.
+
     Raises:
         CRDError: no such file, an unknown key, a missing one, or something that is not what it should be.
     """
+    with told_of(f"suite {source}"):
+        return parse_suite(extended(source, _read_yaml, _over_suite, "a suite or a file"))
+
+
+def _read_yaml(source: str) -> dict[str, Any]:
     if source in suites() and not Path(source).exists():
         text = _folder().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     else:
         missing = f"no suite at {source}; give a YAML file or one of {', '.join(suites())}"
         text = read_text(Path(source), "suite", missing)
-    with told_of(f"suite {source}"):
-        return parse_suite(parse_yaml(text, source))
+    return _mapping(parse_yaml(text, source), source)
+
+
+def _over_suite(suite: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    tasks = _by_name("tasks", suite, changes)
+    for name, task in _mapping(suite.get("tasks"), "tasks").items():
+        was, now = _mapping(task, f"tasks.{name}"), _mapping(tasks[name], f"tasks.{name}")
+        tasks[name] = {**was, **now, "arms": _by_name("arms", was, now)}
+    taken = {key: value for key, value in suite.items() if key not in _OWN}
+    return {**taken, **changes, "tasks": tasks, "arms": _by_name("arms", suite, changes)}
+
+
+def _by_name(key: str, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_mapping(values.get(key), key), **_mapping(changes.get(key), key)}
 
 
 def parse_suite(content: Any) -> Suite:
-    """The suite that parsed YAML describes.
+    """The suite that parsed YAML describes, with nothing left to another suite.
 
     Raises:
         CRDError: as `read_suite`.
@@ -69,11 +91,13 @@ def parse_suite(content: Any) -> Suite:
 def _task(name: str, content: Any) -> Task:
     values = known_fields(_mapping(content, f"tasks.{name}"), Task, "key of a task")
     check_text("recipe", values.get("recipe"), f"task {name}")
-    return Task(
-        values["recipe"],
-        _mapping(values.get("settings"), f"settings of task {name}"),
-        _settings_by_arm(values.get("arms"), f"arms of task {name}"),
-    )
+    arms = _settings_by_arm(values.get("arms"), f"arms of task {name}")
+    for arm, settings in arms.items():
+        if "extends" in settings:
+            raise CRDError(
+                f"{arm} of arms of task {name} has extends, which is of all tasks; move it to the suite's arms"
+            )
+    return Task(values["recipe"], _mapping(values.get("settings"), f"settings of task {name}"), arms)
 
 
 def _sweep(name: str, content: Any) -> Sweep:
