@@ -62,7 +62,7 @@ def test_activations_are_those_of_a_real_backward_pass_on_the_bundled_model() ->
     assert planned == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["SANA", "Z-Image", "FLUX.2 klein base", "FLUX.2 klein"])
+@pytest.mark.parametrize("name", ["SANA", "Z-Image", "Lumina 2", "FLUX.2 klein base", "FLUX.2 klein"])
 def test_a_family_is_planned_as_it_runs(name: str, tmp_path: Path) -> None:
     """Conditioning of texts of full length, and activations, against the tiny model with its weights."""
     family, pipeline = FAMILIES[name], tiny_family(name)

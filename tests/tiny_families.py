@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
@@ -19,6 +20,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -262,6 +265,29 @@ def flux2_klein(distilled: bool) -> Flux2KleinPipeline:
     )  # fmt: skip
 
 
+def lumina2() -> Lumina2Pipeline:
+    tokenizer, text_encoder = gemma()
+    tokenizer.add_bos_token = True  # as the stock one: "" is a text of one token
+    tokenizer.update_post_processor()
+    autoencoder = AutoencoderKL(  # four blocks: the stock pipeline takes an 8x autoencoder for granted
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, scaling_factor=1.5,
+        shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    pipeline = Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=Lumina2Transformer2DModel(
+            sample_size=4, in_channels=4, hidden_size=32, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+            num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 6, 6), axes_lens=(300, 32, 32), cap_feat_dim=HIDDEN,
+        ),
+    )  # fmt: skip
+    pipeline.system_prompt = "a"  # the stock one is 150 letters, which are the tokens here
+    return pipeline
+
+
 FAMILIES: dict[str, TinyFamily] = {
     "SD3": TinyFamily(tiny_pipeline),
     "SD 1.5, epsilon": TinyFamily(lambda: stable_diffusion("epsilon"), length=None),
@@ -274,6 +300,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "Z-Image": TinyFamily(z_image, length=32, solvers=("euler",)),
     "FLUX.2 klein base": TinyFamily(lambda: flux2_klein(False), length=32),
     "FLUX.2 klein": TinyFamily(lambda: flux2_klein(True), length=32, scale=None),
+    "Lumina 2": TinyFamily(lumina2, side=32, length=48, solvers=("euler",)),
 }
 
 

@@ -38,6 +38,7 @@ FAMILIES: dict[str, str] = {
     "QwenImagePipeline": "crd.backbones.qwen_image:QwenImageBackbone",
     "ZImagePipeline": "crd.backbones.z_image:ZImageBackbone",
     "Flux2KleinPipeline": "crd.backbones.flux2:Flux2KleinBackbone",
+    "Lumina2Pipeline": "crd.backbones.lumina2:Lumina2Backbone",
 }
 
 TINY_SD3 = "tiny-sd3"  # the model that ships inside the package
