@@ -27,7 +27,8 @@ def read_suite(source: str) -> Suite:
     """A suite file, or a bundled suite by its name.
 
     The key `extends` names another one, which gives what this one leaves out. Tasks, arms and the arms of a task
-    are put together name by name; every other key is taken or replaced as a whole.
+    are put together name by name, and arms of one name setting by setting; every other key is taken or replaced as a
+    whole.
 
     Raises:
         CRDError: no such file, an unknown key, a missing one, or something that is not what it should be.
@@ -49,9 +50,14 @@ def _over_suite(suite: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     tasks = _by_name("tasks", suite, changes)
     for name, task in _mapping(suite.get("tasks"), "tasks").items():
         was, now = _mapping(task, f"tasks.{name}"), _mapping(tasks[name], f"tasks.{name}")
-        tasks[name] = {**was, **now, "arms": _by_name("arms", was, now)}
+        tasks[name] = {**was, **now, "arms": _over_arms(was, now)}
     taken = {key: value for key, value in suite.items() if key not in _OWN}
-    return {**taken, **changes, "tasks": tasks, "arms": _by_name("arms", suite, changes)}
+    return {**taken, **changes, "tasks": tasks, "arms": _over_arms(suite, changes)}
+
+
+def _over_arms(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    was, arms = _settings_by_arm(values.get("arms"), "arms"), _settings_by_arm(changes.get("arms"), "arms")
+    return {**was, **{name: {**was.get(name, {}), **settings} for name, settings in arms.items()}}
 
 
 def _by_name(key: str, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
