@@ -101,6 +101,28 @@ def test_leave_one_out_needs_two_draws() -> None:
         CRDConfig(residual="leave_one_out", draws=1)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share_noise": True, "share_timesteps": False}, "share_noise=true needs share_timesteps=true"),
+        (
+            {"share_noise": True, "objective": "flow_grpo", "decouple_sampler": False, "old_start": 0, "old_slope": 0},
+            "trajectories on the euler grid, got share_noise=True; set share_noise=False",
+        ),
+        ({"centering_prompts": 2, "objective": "nft"}, "centering_prompts=2 is not read by objective nft"),
+        ({"centering_prompts": 25}, "centering_prompts=25 exceeds the 24 prompts of an optimizer step"),
+        ({"centering_prompts": 4, "prompts_per_update": 7}, None),
+        ({"centering_prompts": 5, "prompts_per_update": 7}, "exceeds the 4 prompts"),
+    ],
+)
+def test_what_is_shared_and_centered_together_fits_the_update(values: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        config_from(values)
+        return
+    with pytest.raises(CRDError, match=message):
+        config_from(values)
+
+
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words", "a: [1\n", "1: 2\n"])
 def test_files_that_are_no_settings(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"

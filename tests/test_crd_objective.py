@@ -25,6 +25,11 @@ VARIANTS = [
         ("adaptive", "unit", "likelihood"),
     )
 ]
+# Centered over two prompts, or not at all: log Z stays in, but rows are coupled as exactly.
+OTHER_SETS = [
+    CRDObjectiveConfig(centering_prompts=prompts, residual=residual, weighting="unit")
+    for prompts, residual in itertools.product((2, 0), ("per_draw", "leave_one_out"))
+]
 
 
 class World:
@@ -68,7 +73,11 @@ class World:
         return out.loss.item(), self.gradient()
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.centering}-{c.form}-{c.residual}-{c.weighting}")
+@pytest.mark.parametrize(
+    "config",
+    VARIANTS + OTHER_SETS,
+    ids=lambda c: f"{c.centering}{c.centering_prompts}-{c.form}-{c.residual}-{c.weighting}",
+)
 def test_micro_batches_ranks_and_order_change_neither_loss_nor_gradient(config: CRDObjectiveConfig) -> None:
     world = World()
     n = len(world.rows)
@@ -112,6 +121,22 @@ def test_a_constant_of_one_draw_of_a_prompt_changes_nothing_either() -> None:
     for config in (CRDObjectiveConfig(kl_max=0), CRDObjectiveConfig(kl_max=0, residual="leave_one_out")):
         before = CRD(config).loss({"implicit_reward": values}, rows).loss
         torch.testing.assert_close(CRD(config).loss({"implicit_reward": moved}, rows).loss, before)
+
+
+def test_only_centering_within_a_prompt_cancels_its_log_z() -> None:
+    rows = make_rows()
+    values = torch.randn(len(rows), dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+    ids = rows.group_id.unique()
+    of_one, of_two = (0.5 * torch.isin(rows.group_id, ids[:count]) for count in (1, 2))
+
+    def loss(prompts: int, implicit: Tensor) -> float:
+        config = CRDObjectiveConfig(kl_max=0.0, centering_prompts=prompts)
+        return CRD(config).loss({"implicit_reward": implicit}, rows).loss.item()
+
+    assert loss(1, values + of_one) == pytest.approx(loss(1, values), rel=1e-12)
+    assert loss(2, values + of_two) == pytest.approx(loss(2, values), rel=1e-12)
+    for prompts, offset in ((2, of_one), (0, of_one), (0, of_two)):
+        assert abs(loss(prompts, values + offset) - loss(prompts, values)) > 0.05
 
 
 @pytest.mark.parametrize("weighting", ["adaptive", "unit", "likelihood"])
@@ -186,6 +211,38 @@ def test_hand_worked_squared_losses() -> None:
     loo = CRD(dataclasses.replace(config, residual="leave_one_out")).loss({"implicit_reward": HAND_R}, hand_rows())
     assert loo.metrics["loss_policy"] == pytest.approx(0.8 * 0.3)
     assert loo.metrics["squared_loss_unbiased"] == pytest.approx(0.8 * 0.3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "policy"),
+    [
+        (1, 0.81),  # β R_c - A_c = -+0.9 in each prompt
+        (2, (4 * 0.81 + 2 * 7.29) / 6),  # -+2.7 and -+0.9 in the two of the lowest ids, -+0.9 in the third
+        (3, (46.74 - 12.8**2 / 6) / 6),  # R - A = (-0.2, 1.6, 3.4, 5.2, 0.5, 2.3) less their mean
+        (0, 46.74 / 6),
+    ],
+)
+def test_hand_worked_prompts_centered_together(prompts: int, policy: float) -> None:
+    """Ids -3, 2, 7 with R (0, 2), (4, 6), (1, 3) and A (.2, .4), (.6, .8), (.5, .7); rows of the prompts interleave."""
+    rows = Rows(
+        group_id=torch.tensor([7, 2, -3, -3, 7, 2]),
+        image_id=torch.arange(6),
+        draw=torch.zeros(6, dtype=torch.int64),
+        advantage=torch.tensor([0.5, 0.6, 0.2, 0.4, 0.7, 0.8], dtype=DOUBLE),
+        reward=torch.zeros(6, dtype=DOUBLE),
+        kl_gate=torch.zeros(6, dtype=DOUBLE),
+        has_signal=torch.ones(6, dtype=torch.bool),
+    )
+    implicit = torch.tensor([1.0, 4.0, 0.0, 2.0, 3.0, 6.0], dtype=DOUBLE)
+    out = CRD(CRDObjectiveConfig(kl_max=0.0, centering_prompts=prompts)).loss({"implicit_reward": implicit}, rows)
+    assert out.metrics["loss_policy"] == pytest.approx(policy)
+
+
+def test_hand_worked_leave_one_out_without_centering() -> None:
+    config = CRDObjectiveConfig(kl_max=0.0, centering_prompts=0, residual="leave_one_out")
+    out = CRD(config).loss({"implicit_reward": HAND_R}, hand_rows())
+    # R - A = (-1.3, -0.3) in the draws of image 0, (2.3, 1.3) in those of image 1.
+    assert out.metrics["loss_policy"] == pytest.approx((1.3 * 0.3 + 2.3 * 1.3) / 2)
 
 
 def test_hand_worked_cross_entropy() -> None:
@@ -336,6 +393,10 @@ def test_needs_and_registry() -> None:
         ({"weighting": "snr"}, "adaptive, unit, likelihood"),
         ({"beta": 0.0}, "beta must be above 0"),
         ({"tau": -1.0}, "tau must be above 0"),
+        ({"centering_prompts": -1}, "centering_prompts of crd must be a whole number of at least 0, got -1"),
+        ({"centering_prompts": 1.5}, "whole number"),
+        ({"centering_prompts": 2, "centering": "tempered"}, "set centering_prompts=1, or use uniform"),
+        ({"centering_prompts": 0, "centering": "tempered"}, "set centering_prompts=1, or use uniform"),
         ({"loss_scale": float("nan")}, "loss_scale must be above 0"),
         ({"kl_min": 0.2}, "kl_min <= kl_max"),
         ({"kl_max": -0.1}, "kl_min <= kl_max"),

@@ -20,6 +20,8 @@ from crd.objectives.base import DenoiserOutputs, Rows
 from crd.objectives.crd import CRD, CRDInputs, CRDObjectiveConfig, crd_loss
 from crd.optimizer_batch import RowVelocities, build_rows
 from crd.records import Conditioning, PromptBatch, RewardOutput, Rollout
+from crd.sampling import initial_noise
+from crd.seeds import derive_seed
 from crd.snapshots import LoraSettings, Snapshots
 from crd.trainer import CRDTrainer
 from crd.update_plan import Draws, draw_times
@@ -73,7 +75,9 @@ class World:
         )
         return metrics, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.snapshots.parameters()]
 
-    def velocities(self, config: CRDObjectiveConfig, rows: Rows, t: Tensor, cache: bool = True) -> RowVelocities:
+    def velocities(
+        self, config: CRDObjectiveConfig, rows: Rows, t: Tensor, cache: bool = True, share_noise: bool = False
+    ) -> RowVelocities:
         return RowVelocities(
             backbone=self.backbone,
             snapshots=self.snapshots,
@@ -87,6 +91,7 @@ class World:
             anchor_guidance=4.5,
             cache=cache,
             name=(0, "train"),
+            share_noise=share_noise,
         )
 
 
@@ -182,6 +187,19 @@ def test_draws_of_one_group_share_t_and_no_noise(world: World) -> None:
     group_id = world.rollout.batch.group_id
     alone = draw_times(Draws(DRAWS, "uniform", 1.0, shared=False), world.backbone.grid(4).sigmas, group_id, 0)
     assert len({float(t) for t in alone}) == ROWS
+
+
+def test_a_group_may_share_its_noise_whatever_the_micro_batches(world: World) -> None:
+    velocities = world.velocities(OBJECTIVES["published"], world.rows, world.t, share_noise=True)
+    keys = list(zip(world.rows.group_id.tolist(), world.rows.draw.tolist(), strict=True))
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3))
+    for index in (*torch.arange(ROWS).split(ROWS), *order.split(4)):
+        noise = velocities(index).target + world.rollout.x0[world.rows.image_id[index]]
+        wanted = initial_noise(
+            [derive_seed(0, "train", "noise", *keys[row]) for row in index], world.backbone.latent_shape()
+        )
+        torch.testing.assert_close(noise, wanted.double(), rtol=0, atol=1e-12)
+        assert len(wanted[:, 0, 0, 0].unique()) == len({keys[row] for row in index})
 
 
 def test_a_training_run_does_not_depend_on_execution(config: CRDConfig, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from crd.cli import main
 from crd.config import CRDConfig
 from crd.config_io import load_config
 from crd.errors import CRDError
+from crd.run_folder import CONFIG_FILE, RunFolder
 from crd.trainer import CRDTrainer
 
 ROLES = ("policy", "old", "sampler", "optimizer")
@@ -178,6 +179,20 @@ def test_the_python_api_refuses_another_run(finished_run: Path, model_folder: Pa
     trainer = CRDTrainer(model=model, args=config)
     with pytest.raises(CRDError, match=f"{next(iter(change))} cannot change in a resumed run"):
         trainer.train(resume=True)
+
+
+def test_a_run_whose_record_lacks_a_setting_was_made_with_its_default(config: CRDConfig) -> None:
+    folder = RunFolder(Path(config.output_dir))
+    folder.create(config)
+    record = folder.path / CONFIG_FILE
+    kept = [
+        line for line in record.read_text().splitlines() if not line.startswith(("share_noise", "centering_prompts"))
+    ]
+    assert len(kept) == len(record.read_text().splitlines()) - 2
+    record.write_text("\n".join(kept))
+    folder.check_same(config)
+    with pytest.raises(CRDError, match="share_noise cannot change in a resumed run: it was False, got True"):
+        folder.check_same(replace(config, share_noise=True))
 
 
 def test_a_moved_run_goes_on_where_it_lies(config: CRDConfig, tmp_path: Path) -> None:

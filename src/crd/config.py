@@ -69,11 +69,13 @@ class CRDConfig:
     timesteps: str = "rollout_grid"
     timestep_fraction: float = 0.99
     share_timesteps: bool = True  # one t per group and draw, independent noise
+    share_noise: bool = False  # one noise per group and draw, too
 
     # Objective. Each reads its own of these; setting one that it does not read is an error.
     objective: str = "crd"
     beta: float = 1.0
     centering: str = "uniform"
+    centering_prompts: int = 1  # centered together; only 1 cancels log Z
     tau: float = 1.0
     form: str = "squared"
     residual: str = "per_draw"
@@ -181,6 +183,23 @@ class CRDConfig:
             raise CRDError(f"timestep_fraction must lie in (0, 1], got {self.timestep_fraction}; published: 0.99")
         if self.threads is not None:
             _check_above("threads", self.threads, 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= self._value(name) < 1:
+                raise CRDError(f"{name} must lie in [0, 1), got {self._value(name)}; published: 0.9 and 0.999")
+        low, high = self.kl_reward_range
+        if not low < high:
+            raise CRDError(f"kl_reward_range must be [low, high] with low < high, got {[low, high]}")
+        self._check_update()
+        # Built here so that a bad value is refused before any model is loaded.
+        needs = self.needs
+        self.rate_schedule()
+        self.old_schedule()
+        self.sampler_schedule()
+        if TRAJECTORY in needs:
+            self._check_trajectories()
+
+    def _check_update(self) -> None:
+        """Refuse sizes and draws of an update that do not go together."""
         if self.group_size < 2:
             raise CRDError(
                 f"group_size must be 2 or more (one image has no group to be centered in), got {self.group_size}"
@@ -190,28 +209,23 @@ class CRDConfig:
                 f"optimizer_steps={self.optimizer_steps} exceeds prompts_per_update={self.prompts_per_update}; "
                 "a step takes whole groups, so lower it"
             )
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= self._value(name) < 1:
-                raise CRDError(f"{name} must lie in [0, 1), got {self._value(name)}; published: 0.9 and 0.999")
-        low, high = self.kl_reward_range
-        if not low < high:
-            raise CRDError(f"kl_reward_range must be [low, high] with low < high, got {[low, high]}")
         if self.best_of >= self.group_size:
             raise CRDError(f"best_of={self.best_of} keeps every image of group_size={self.group_size}; lower it")
         if self.residual == "leave_one_out" and self.draws < 2:
             raise CRDError("residual=leave_one_out needs draws of 2 or more, got 1; raise draws")
-        # Built here so that a bad value is refused before any model is loaded.
-        needs = self.needs
-        self.rate_schedule()
-        self.old_schedule()
-        self.sampler_schedule()
-        if TRAJECTORY in needs:
-            self._check_trajectories()
+        if self.share_noise and not self.share_timesteps:
+            raise CRDError("share_noise=true needs share_timesteps=true (the noise of a group goes with its t), got "
+                           "false; set it, or leave share_noise out")  # fmt: skip
+        most = -(-self.prompts_per_update // self.optimizer_steps)
+        if self.centering_prompts > most:
+            raise CRDError(f"centering_prompts={self.centering_prompts} exceeds the {most} prompts of an optimizer "
+                           "step (prompts_per_update / optimizer_steps); lower it")  # fmt: skip
 
     def _check_trajectories(self) -> None:
         """Refuse what does not go with training on the steps of the policy's own trajectories."""
         drawing = "sampler" if self.decouple_sampler else "old"
-        wanted = {"solver": EULER, "timesteps": "rollout_grid", f"{drawing}_start": 0.0, f"{drawing}_slope": 0.0}
+        wanted = {"solver": EULER, "timesteps": "rollout_grid", "share_noise": False,
+                  f"{drawing}_start": 0.0, f"{drawing}_slope": 0.0}  # fmt: skip
         for name, value in wanted.items():
             if self.__dict__[name] != value:
                 raise CRDError(f"objective={self.objective} trains on steps of the policy's own trajectories on the "

@@ -95,6 +95,7 @@ class RowVelocities:
     anchor_guidance: float
     cache: bool
     name: tuple[int | str, ...]  # of the noise
+    share_noise: bool  # one for all images of a group at each draw
     _cached: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,15 +142,21 @@ class RowVelocities:
         t = self.t[index].to(x0)
         trajectories = self.rollout.trajectories
         if trajectories is None:
-            draws = zip(self.rows.image_id[index].tolist(), self.rows.draw[index].tolist(), strict=True)
-            seeds = [derive_seed(*self.name, "noise", image, draw) for image, draw in draws]
-            noise = initial_noise(seeds, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
+            noise = self._noise(index, (x0.shape[1], x0.shape[2], x0.shape[3])).to(x0)
             return Points(interpolate(x0, noise, t), t, velocity_target(x0, noise), None), conditioning
         sde, step = trajectories.sde, trajectories.sde.index(self.t[index])
         taken = trajectories.at(place, step)
         x_t, log_density = taken.x.to(x0), taken.log_density.to(x0.device)
         sampled = SampledSteps(sde.precision(step).to(x0.device), log_density)
         return Points(x_t, t, sde.target(step, x_t, taken.x_next.to(x0)), sampled), conditioning
+
+    def _noise(self, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Noise (n, C, H, W) of rows; each depends on its own name only."""
+        owner = self.rows.group_id if self.share_noise else self.rows.image_id
+        names = list(zip(owner[index].tolist(), self.rows.draw[index].tolist(), strict=True))
+        distinct = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        noise = initial_noise([derive_seed(*self.name, "noise", *name) for name in distinct], shape)
+        return noise[[distinct[name] for name in names]]
 
     def _velocity(
         self, denoiser: nn.Module, points: Points, conditioning: dict[str, Tensor], guidance: float

@@ -228,6 +228,7 @@ class CRDTrainer:
             backbone=self.backbone, snapshots=self.snapshots, engine=self.engine, rollout=rollout, rows=rows, t=t,
             needs=self.objective.needs, uncond=self.uncond, trained_guidance=self.trained_guidance,
             anchor_guidance=self.args.anchor_guidance, cache=self.args.cache_references, name=name,
+            share_noise=self.args.share_noise,
         )  # fmt: skip
 
     def _step(self, plan: UpdatePlan, rollout: Rollout, step: int, rows: Rows) -> RowVelocities:

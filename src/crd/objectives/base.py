@@ -116,9 +116,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which rows are centered together, and which are draws of one image."""
+    """Which rows are of one group and draw, and which are draws of one image."""
 
-    centering_set: Tensor  # (N,) int64, index of each row's (group_id, draw)
+    group: Tensor  # (N,) int64, index of each row's group_id in ascending order
+    draw: Tensor  # (N,) int64
     image: Tensor  # (N,) int64, index of each row's (group_id, image_id)
     draws: Tensor  # (N,) int64, number of draws of each row's image
 
@@ -129,7 +130,7 @@ class RowLayout:
         Raises:
             ValueError: a row is repeated, or an image lacks a draw that its group has.
         """
-        centering_set, image = (
+        set_of_group, image = (
             _pair_index(rows.group_id, rows.draw),
             _pair_index(rows.group_id, rows.image_id),
         )
@@ -140,9 +141,13 @@ class RowLayout:
         images_of_group = torch.zeros_like(group)
         images_of_group[image] = group  # the group of each image; entries beyond the last image are cut off
         group_size = torch.bincount(images_of_group[: int(image.max()) + 1])[group]
-        if not torch.equal(torch.bincount(centering_set)[centering_set], group_size):
+        if not torch.equal(torch.bincount(set_of_group)[set_of_group], group_size):
             raise ValueError("rows must hold every image of a group at every draw; pass complete groups")
-        return RowLayout(centering_set, image, torch.bincount(image)[image])
+        return RowLayout(group, rows.draw, image, torch.bincount(image)[image])
+
+    def centering_set(self, groups: int = 1) -> Tensor:
+        """Index (N,) int64 of the rows centered together: one draw of `groups` groups that follow each other by id."""
+        return _pair_index(self.group // groups, self.draw)
 
     def mean_of_other_draws(self, values: Tensor) -> Tensor:
         """Mean of `values` (N,) over the other draws of each row's image, (N,).

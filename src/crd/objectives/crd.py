@@ -3,6 +3,8 @@
 KL-regularised reward maximisation against `old` has the optimum p* = p_old exp(r / β) / Z(c), hence
 β log p*/p_old = r - β log Z(c). Z(c) is one number for all images of a prompt and vanishes once both sides
 are centered within the prompt. Rows are centered over (group_id, draw): one draw of every image of a group.
+Centered over several prompts, or not at all (`centering_prompts`), the loss keeps what differs between log Z of
+those prompts, or log Z itself. The public implementation centers what shares a gathered micro-batch.
 
 The residual. A single draw R̂ of the log-ratio, squared, has the expectation (β E R̂ - A)² + β² Var R̂, and
 Var R̂ grows with the ratio, so `per_draw` (published) is pulled towards `old`. `leave_one_out` (ours)
@@ -20,6 +22,7 @@ Source: arXiv 2603.14128; choices where the paper is silent are marked "our read
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +35,7 @@ from crd.flow import error_scale, velocity_error
 from crd.objectives.base import DenoiserOutputs, RowLayout, Rows
 from crd.objectives.kl import ObjectiveConfig, kl_needs, kl_terms, with_kl
 from crd.records import LossOutput
-from crd.setting_checks import check_bounded, check_option, check_positive
+from crd.setting_checks import check_bounded, check_count, check_option, check_positive
 
 OPTIONS = {
     "centering": ("uniform", "tempered"),
@@ -48,6 +51,7 @@ class CRDObjectiveConfig(ObjectiveConfig):
 
     beta: float = 1.0  # strength of the KL regulariser against `old`
     centering: str = "uniform"
+    centering_prompts: int = 1  # 1 alone cancels log Z; n: n successive groups as one; 0: nothing is centered
     tau: float = 1.0  # temperature of tempered centering, in units of the raw reward
     form: str = "squared"
     residual: str = "per_draw"
@@ -60,6 +64,10 @@ class CRDObjectiveConfig(ObjectiveConfig):
         check_option("form", self.form, OPTIONS["form"])
         check_option("residual", self.residual, OPTIONS["residual"])
         check_option("weighting", self.weighting, OPTIONS["weighting"])
+        check_count("centering_prompts", self.centering_prompts, "crd", 0)
+        if self.centering == "tempered" and self.centering_prompts != 1:
+            raise CRDError(f"centering=tempered weighs the images of one prompt, got centering_prompts="
+                           f"{self.centering_prompts}; set centering_prompts=1, or use uniform")  # fmt: skip
         for name, number in (("beta", self.beta), ("tau", self.tau), ("loss_scale", self.loss_scale)):
             check_positive(name, number)
         # tau may be infinite: that is uniform centering.
@@ -155,7 +163,8 @@ class CRD:
             cross_entropy, per_draw:       policy_i = BCE of sigmoid(β R_c) against sigmoid(A_c)
             cross_entropy, leave_one_out:  gradient (sigmoid(β R̄_c) - sigmoid(A_c))_stopgrad β dR_c
 
-        with R̄ the mean over the image's other draws and index c for centering within (group_id, draw).
+        with R̄ the mean over the image's other draws and index c for centering within (group_id, draw), or as
+        `centering_prompts` says; groups without signal count in the means of the others.
         The squared leave-one-out product sums over ordered pairs of different draws, so that its full
         gradient is that of 2 (β R̄_c - A_c)_stopgrad β R_c, and its value is the unbiased estimate of the
         noise-free loss (it can be negative). Cross-entropy has d/dx BCE = sigmoid(x) - sigmoid(a) at
@@ -172,7 +181,7 @@ class CRD:
 
         Returns:
             `LossOutput`; metrics are means over rows, residual and correlation over rows with signal
-            (0 where undefined). The correlation is that of centered R and centered A.
+            (0 where undefined). The correlation is that of R_c and A_c, a cosine.
 
         Raises:
             CRDError: leave_one_out with one draw an image, or "kl" missing while kl_max > 0.
@@ -182,22 +191,27 @@ class CRD:
         reward = terms["implicit_reward"]
         rows = rows.beside(reward)
         layout = RowLayout.of(rows)
-        weights = (
-            tempered_weights(rows.reward.double(), layout.centering_set, cfg.tau)
-            if cfg.centering == "tempered"
-            else None
-        )
-        x = cfg.beta * center(reward.double(), layout.centering_set, weights)
-        a = center(rows.advantage.double(), layout.centering_set, weights)
+        centered = self._centering(layout, rows)
+        x, a = cfg.beta * centered(reward.double()), centered(rows.advantage.double())
         x_other = None
         if cfg.residual == "leave_one_out":
-            x_other = cfg.beta * center(layout.mean_of_other_draws(reward.double()), layout.centering_set, weights)
+            x_other = cfg.beta * centered(layout.mean_of_other_draws(reward.double()))
         policy = (_policy_rows(x, x_other, a, cfg.form) * rows.has_signal).mean()
         metrics = _policy_metrics(policy, reward, x, a, rows.has_signal)
         if x_other is not None:
             unbiased = _policy_rows(x, x_other, a, "squared") * rows.has_signal
             metrics["squared_loss_unbiased"] = unbiased.mean().item()
         return with_kl(cfg.loss_scale / cfg.beta * policy, metrics, terms, rows, cfg)
+
+    def _centering(self, layout: RowLayout, rows: Rows) -> Callable[[Tensor], Tensor]:
+        """What takes from values (N,) the mean over the rows that each is centered with."""
+        cfg = self.config
+        if cfg.centering_prompts == 0:
+            return lambda values: values
+        together = layout.centering_set(cfg.centering_prompts)
+        tempered = cfg.centering == "tempered"
+        weights = tempered_weights(rows.reward.double(), together, cfg.tau) if tempered else None
+        return lambda values: center(values, together, weights)
 
 
 def crd_loss(inputs: CRDInputs, config: CRDObjectiveConfig) -> LossOutput:
