@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,16 +38,26 @@ def gradients(trainer: CRDTrainer, number: int, times: list[float]) -> Iterator[
     whole, without_kl = settings.build(), dataclasses.replace(settings, kl_max=0.0).build()
     for t in times:
         velocities = trainer.velocities(rollout, rows, torch.full((len(batch),), t), trainer.args.seed, number, str(t))
-        policy = _gradient(trainer, without_kl, velocities, rows)
-        yield {"policy": policy, "kl": _gradient(trainer, whole, velocities, rows) - policy}
+        policy = gradient(trainer, without_kl, velocities, rows)
+        yield {"policy": policy, "kl": gradient(trainer, whole, velocities, rows) - policy}
 
 
-def _gradient(trainer: CRDTrainer, objective: Objective, velocities: RowVelocities, rows: Rows) -> Tensor:
+def gradient(trainer: CRDTrainer, objective: Objective, velocities: RowVelocities, rows: Rows) -> Tensor:
+    """Gradient of the loss by all trained weights, flat."""
     parameters = list(trainer.snapshots.parameters())
     for parameter in parameters:
         parameter.grad = None
     trainer.engine.backward(objective, velocities, rows, trainer.micro_batch.rows)
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+
+def agreement(found: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean squared norm of independent vectors of one law, and an unbiased estimate of that of their expectation.
+
+    The second is the mean inner product of two different ones; their difference is the trace of the covariance.
+    """
+    pairs = [float(a @ b) for a, b in itertools.combinations(found, 2)]
+    return sum(float(a @ a) for a in found) / len(found), sum(pairs) / len(pairs)
 
 
 def main() -> None:
@@ -81,10 +91,7 @@ def main() -> None:
     for column, t in enumerate(times):
         cells = []
         for kind in ("policy", "kl"):
-            found = [batch[column][kind] for batch in batches]
-            total = sum(float(g @ g) for g in found) / len(found)
-            pairs = [float(a @ b) for a, b in itertools.combinations(found, 2)]
-            signal = sum(pairs) / len(pairs)
+            total, signal = agreement([batch[column][kind] for batch in batches])
             cells.append(f"{total:.1e} | {signal:.1e} | {signal / total:.2f}")
         print(f"| {t:.2f} | {' | '.join(cells)} |")
 
