@@ -179,7 +179,7 @@ def configs(base_config: CRDConfig) -> dict[str, CRDConfig]:
     )  # fmt: skip
     return {
         "lora": small,
-        "full": replace(small, finetune="full", micro_batch=4),
+        "full": replace(small, finetune="full", micro_batch=4, share_noise=True, centering_prompts=2),
         # Two images in each optimizer step: of three processes, one has none of its own.
         "bundled": replace(small, model="tiny-sd3", micro_batch=4, prompts_per_update=2, group_size=2),
         "flow_grpo": replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_three_ways_of_a_configuration(
 
 def test_redraws_of_a_run(script: Any, finished_run: Path) -> None:
     parts = dict.fromkeys(("config", "updates", "prompts", "group_size"))
-    arguments = script.argparse.Namespace(**parts, run=str(finished_run), draws=2)
+    arguments = argparse.Namespace(**parts, run=str(finished_run), draws=2)
     images = script.FixedImages.of(script.moved_trainer(arguments))
     assert images.trainer.progress.updates_done == 3
     first, again, other, noisier = (
