@@ -103,7 +103,7 @@ def test_a_suite_takes_what_it_leaves_out_from_the_one_that_it_extends(tmp_path:
             "geneval": {"recipe": "geneval-tiny", "settings": {"updates": 9},
                         "arms": {"loose": {"kl_max": 0.25}, "none": {"beta": 0.5}}},
         },
-        "arms": {"crd": {}, "loose": {"beta": 3.0}, "none": {"kl_max": 0.0},
+        "arms": {"crd": {}, "loose": {"kl_max": 0.125, "beta": 3.0}, "none": {"kl_max": 0.0},
                  "looser": {"extends": "loose", "kl_max": 0.75}},
     })  # fmt: skip
     assert list(suite.arms) == ["crd", "loose", "none", "looser"]  # those of the base come first

@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", help="YAML file, or a bundled suite: quick, head-to-head, ablations, tuning")
+    parser.add_argument("suite", help="YAML file, or a bundled suite: quick, published, tuning, head-to-head, ablations")
     parser.add_argument("--output-dir", "--output_dir", help="folder of all its runs (default: runs/bench-NAME)")
     parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default 1)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of each run (default 1)")
