@@ -219,7 +219,7 @@ def test_hand_worked_squared_losses() -> None:
         (1, 0.81),  # β R_c - A_c = -+0.9 in each prompt
         (2, (4 * 0.81 + 2 * 7.29) / 6),  # -+2.7 and -+0.9 in the two of the lowest ids, -+0.9 in the third
         (3, (46.74 - 12.8**2 / 6) / 6),  # R - A = (-0.2, 1.6, 3.4, 5.2, 0.5, 2.3) less their mean
-        (0, 46.74 / 6),
+        (0, 61.04 / 6),  # R - (A - 1/2) = (0.3, 2.1, 3.9, 5.7, 1.0, 2.8)
     ],
 )
 def test_hand_worked_prompts_centered_together(prompts: int, policy: float) -> None:
@@ -241,8 +241,8 @@ def test_hand_worked_prompts_centered_together(prompts: int, policy: float) -> N
 def test_hand_worked_leave_one_out_without_centering() -> None:
     config = CRDObjectiveConfig(kl_max=0.0, centering_prompts=0, residual="leave_one_out")
     out = CRD(config).loss({"implicit_reward": HAND_R}, hand_rows())
-    # R - A = (-1.3, -0.3) in the draws of image 0, (2.3, 1.3) in those of image 1.
-    assert out.metrics["loss_policy"] == pytest.approx((1.3 * 0.3 + 2.3 * 1.3) / 2)
+    # R - (A - 1/2) = (-0.8, 0.2) in the draws of image 0, (2.8, 1.8) in those of image 1.
+    assert out.metrics["loss_policy"] == pytest.approx((-0.8 * 0.2 + 2.8 * 1.8) / 2)
 
 
 def test_hand_worked_cross_entropy() -> None:

@@ -247,11 +247,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", help="YAML file, or a bundled suite: quick, published, tuning, head-to-head, ablations")
+    parser.add_argument("suite", help="YAML file, or one of quick, published, tuning, head-to-head, ablations")
     parser.add_argument("--output-dir", "--output_dir", help="folder of all its runs (default: runs/bench-NAME)")
     parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default 1)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of each run (default 1)")
-    parser.add_argument("--compile", choices=COMPILE, default="no", help="of each run (default no)")
+    parser.add_argument("--compile", choices=COMPILE, help="of each run (default: as its recipe)")
     parser.add_argument("--tasks", type=_words, default=[], metavar="A,B", help="only these (default: all)")
     parser.add_argument("--arms", type=_words, default=[], metavar="A,B", help="only these (default: all)")
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="0,1", help="only these (default: all)")

@@ -85,7 +85,7 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
 
 
 def _read_text(source: str | Path) -> str:
-    if str(source) in recipes() and not Path(source).exists():
+    if str(source) in recipes() and not Path(source).is_file():
         return files("crd.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     missing = f"no configuration at {source}; give a YAML file or a recipe: {', '.join(recipes())}"
     return read_text(Path(source), "configuration", missing)

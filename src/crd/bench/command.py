@@ -98,7 +98,7 @@ def summarise(suite: Suite, out: Path) -> bool:
 
 
 def _execution(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: args.__dict__[name] for name in EXECUTION}
+    return {name: value for name in EXECUTION if (value := args.__dict__[name]) is not None}
 
 
 def _say(text: str, style: str = "") -> None:

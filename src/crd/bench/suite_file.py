@@ -9,6 +9,7 @@ from typing import Any
 
 from crd.bench.suite import Suite, Sweep, Task
 from crd.config import CRDConfig
+from crd.config_io import over_fields
 from crd.errors import CRDError, told_of
 from crd.extends import extended
 from crd.setting_checks import check_count, check_text
@@ -38,7 +39,7 @@ def read_suite(source: str) -> Suite:
 
 
 def _read_yaml(source: str) -> dict[str, Any]:
-    if source in suites() and not Path(source).exists():
+    if source in suites() and not Path(source).is_file():
         text = _folder().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     else:
         missing = f"no suite at {source}; give a YAML file or one of {', '.join(suites())}"
@@ -57,7 +58,7 @@ def _over_suite(suite: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 def _over_arms(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     was, arms = _settings_by_arm(values.get("arms"), "arms"), _settings_by_arm(changes.get("arms"), "arms")
-    return {**was, **{name: {**was.get(name, {}), **settings} for name, settings in arms.items()}}
+    return {**was, **{name: over_fields(was.get(name, {}), settings) for name, settings in arms.items()}}
 
 
 def _by_name(key: str, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class CRDObjectiveConfig(ObjectiveConfig):
 
     beta: float = 1.0  # strength of the KL regulariser against `old`
     centering: str = "uniform"
-    centering_prompts: int = 1  # 1 alone cancels log Z; n: n successive groups as one; 0: nothing is centered
+    centering_prompts: int = 1  # 1 alone cancels log Z; n: n successive groups as one; 0: R stays as it is
     tau: float = 1.0  # temperature of tempered centering, in units of the raw reward
     form: str = "squared"
     residual: str = "per_draw"
@@ -164,7 +164,7 @@ class CRD:
             cross_entropy, leave_one_out:  gradient (sigmoid(β R̄_c) - sigmoid(A_c))_stopgrad β dR_c
 
         with R̄ the mean over the image's other draws and index c for centering within (group_id, draw), or as
-        `centering_prompts` says; groups without signal count in the means of the others.
+        `centering_prompts` says; groups without signal count in the means of the others. Uncentered, A_c is A - 1/2.
         The squared leave-one-out product sums over ordered pairs of different draws, so that its full
         gradient is that of 2 (β R̄_c - A_c)_stopgrad β R_c, and its value is the unbiased estimate of the
         noise-free loss (it can be negative). Cross-entropy has d/dx BCE = sigmoid(x) - sigmoid(a) at
@@ -192,7 +192,8 @@ class CRD:
         rows = rows.beside(reward)
         layout = RowLayout.of(rows)
         centered = self._centering(layout, rows)
-        x, a = cfg.beta * centered(reward.double()), centered(rows.advantage.double())
+        # 1/2 is the advantage of an image that is worth its group's mean: what is left uncentered starts there.
+        x, a = cfg.beta * centered(reward.double()), centered(rows.advantage.double() - 0.5)
         x_other = None
         if cfg.residual == "leave_one_out":
             x_other = cfg.beta * centered(layout.mean_of_other_draws(reward.double()))
