@@ -89,7 +89,12 @@ def test_a_suite_is_run_stopped_gone_on_with_and_summarised(
     with alone(out):  # no process was left behind
         pass
 
+    assert main([*bench, "--arms", "strong", "--keep-weights"]) == 0
+    assert list((out / "bright/strong/seed-0/run/checkpoints").glob("update-*"))
+    capsys.readouterr()
+
     assert main([*bench, "--jobs", "2"]) == 2
+    assert not (first / "run/checkpoints").exists()
     told = capsys.readouterr()
     assert "3, 1 started" not in told.out
     assert "start bright/plain/seed-0" in told.out

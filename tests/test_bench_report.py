@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
     assert rows[-2:] == [["training, s", *(f"{s} [{s}, {s}]" for s in (20, 40, 20))],
                          ["ratio", "", "**2.00 [2.00, 2.00]**", "1.00 [1.00, 1.00]"]]  # fmt: skip
     assert "hacks" in text.split("Without a distance to the anchor")[1].splitlines()[0]
-    assert "a processor, 2 cores; runs at a time x threads: 2 x 1; commit: abc+" in text
+    assert "a processor, 2 cores; runs at a time x threads: 2 x 1; compile: no; commit: abc+" in text
     assert "- task/slow/seed-9: out of memory" in text
 
 
@@ -186,3 +187,16 @@ def test_figures_are_drawn_for_groups_and_sweeps(outcomes: list[Outcome], tmp_pa
     text = write_report(tmp_path, SUITE, outcomes, {}, figures).read_text()
     assert "![task-arms](task-arms.svg)" in text
     assert "Failed" not in text
+
+
+def test_a_group_of_which_only_the_reference_has_run_is_not_told(outcomes: list[Outcome], tmp_path: Path) -> None:
+    runs = [one for one in outcomes if one.cell.arm != "hacks"]
+    suite = replace(SUITE, groups={"pace": ("crd", "slow"), "hacking": ("crd", "hacks")}, sweeps={})
+    figures = draw_figures(tmp_path, suite, runs)
+    assert [path.name for path in figures["task"]] == ["task-pace.svg"]
+    text = write_report(tmp_path, suite, runs, {}, figures).read_text()
+    assert "### pace" in text
+    assert "### hacking" not in text
+    comparison = compare_task(runs, "crd")
+    assert comparison is not None
+    assert comparison.told(("crd",)) == ["crd"]

@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", help="YAML file, or one of quick, published, tuning, head-to-head, ablations")
+    parser.add_argument("suite", help="YAML file, or one of head-to-head, quick, published, tuning, ablations")
     parser.add_argument("--output-dir", "--output_dir", help="folder of all its runs (default: runs/bench-NAME)")
     parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default 1)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of each run (default 1)")
@@ -256,6 +256,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", type=_words, default=[], metavar="A,B", help="only these (default: all)")
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="0,1", help="only these (default: all)")
     parser.add_argument("--retry", action="store_true", help="try failed runs again")
+    parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of finished runs")
     parser.add_argument("--dry-run", action="store_true", help="check every arm, print the plan, stop")
     parser.add_argument("--summary", action="store_true", help="tables and figures of what is there; run nothing")
 

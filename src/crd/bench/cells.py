@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,18 @@ class CellFolder:
                 handle.write(json.dumps(dataclasses.asdict(attempt)) + "\n")
         except OSError as error:
             raise CRDError(f"cannot write {self._attempts}: {error}; free space") from error
+
+    def drop_checkpoints(self) -> None:
+        """Remove what a finished run would only need to go on; its numbers and pictures stay.
+
+        Raises:
+            CRDError: it cannot be removed.
+        """
+        folder = self.run / "checkpoints"
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise CRDError(f"cannot remove {folder}: {error}; remove it, or use --keep-weights") from error
 
     def last_words(self, lines: int = 3) -> str:
         """The last lines that the run printed, in one."""

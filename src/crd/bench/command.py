@@ -68,6 +68,8 @@ def run_planned(
         if attempt.status:
             _say(f"failed {cell} after {took}: {job.folder.last_words()}", style="yellow")
             return
+        if not args.keep_weights:
+            job.folder.drop_checkpoints()
         peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
         left = outlook(plan_cells(suite, cells, out, _execution(args)), args.jobs)
         _say(f"done {cell}: {took}, {peak}; {left}")

@@ -49,6 +49,11 @@ class Comparison:
         """Likewise, without the seeds that the reference has not finished; NaN where a run has no such value."""
         return [found[measure] for found in self.arms[arm].values() if measure in found]
 
+    def told(self, arms: Sequence[str]) -> list[str]:
+        """Those of `arms` that have a finished run; none where the reference would stand alone beside empty places."""
+        found = [arm for arm in arms if arm in self.arms]
+        return [] if found == [self.reference] and len(arms) > 1 else found
+
     def seeds(self, arm: str) -> int:
         """How many seeds of an arm are finished."""
         return len(self.arms[arm])

@@ -46,9 +46,10 @@ def draw_figures(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> dict[s
             continue
         written[task] = []
         for name, arms in suite.tables().items():
-            figure = _arms_figure(task, name, {arm: [one for one in done if one.cell.arm == arm] for arm in arms},
-                                  comparison)  # fmt: skip
-            written[task].append(_save(figure, out / f"{task}-{name or 'arms'}"))
+            if comparison.told(arms):
+                runs = {arm: [one for one in done if one.cell.arm == arm] for arm in arms}
+                figure = _arms_figure(task, name, runs, comparison)
+                written[task].append(_save(figure, out / f"{task}-{name or 'arms'}"))
         for name, sweep in suite.sweeps.items():
             figure = _sweep_figure(task, name, sweep, done, comparison)
             written[task].append(_save(figure, out / f"{task}-sweep-{name}"))

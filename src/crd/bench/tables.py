@@ -64,8 +64,7 @@ def write_report(
             continue
         parts += _bases([one for one in outcomes if one.cell.task == task], comparison)
         for name, arms in suite.tables().items():
-            present = [arm for arm in arms if arm in comparison.arms]
-            if present:
+            if present := comparison.told(arms):
                 parts += [f"### {name}"] if name else []
                 parts.append(_table(comparison, present, suite.tell))
         if comparison.other_anchor:
@@ -197,7 +196,7 @@ def _counted(found: Interval, seeds: int) -> str:
 
 
 def _whole(count: float) -> str:
-    return f"{count:,.0f}"
+    return f"{count:,.0f}".replace("-", "−")
 
 
 def _gigabytes(count: float) -> str:
