@@ -135,7 +135,7 @@ def moved_trainer(args: argparse.Namespace) -> CRDTrainer:
         for _ in range(4 if args.updates is None else args.updates):
             trainer.update()
     else:
-        checkpoints = CheckpointFolder(Path(args.run) / "checkpoints", config.keep_checkpoints)
+        checkpoints = CheckpointFolder.of_run(Path(args.run))
         checkpoint = checkpoints.load(checkpoint_number(checkpoints, "last"))
         trainer.progress = restore(checkpoint, trainer.snapshots, trainer.optimizer, trainer.train_data.prompts)
     return trainer

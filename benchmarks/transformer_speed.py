@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crd.backbones.base import CFG, EMBEDDED
 from crd.backbones.pipeline import PipelineBackbone
 from crd.backbones.solvers import Grid, plain_grid
-from crd.config import CRDConfig
+from crd.config import COMPILE, CRDConfig
 from crd.errors import CRDError
 from crd.flow import EULER
 from crd.loading import DTYPES, build_snapshots
@@ -234,7 +234,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bfloat16" if gpu else "float32",
                         help="of the base and of products; adapters are float32")  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", choices=("no", "regional"), default="no")
+    parser.add_argument("--compile", choices=COMPILE, default="no")
     parser.add_argument("--attention-backend", help="of diffusers")
     parser.add_argument("--warmup", type=int, default=1, help="updates before those that are timed")
     parser.add_argument("--repeats", type=int, default=3, help="updates of which medians are shown")

@@ -24,6 +24,7 @@ from torch import Tensor
 from crd.atomic import replace_file
 from crd.errors import CRDError
 
+CHECKPOINTS = "checkpoints"
 PREFIX = "update-"
 STATE = "state.json"
 BEST = "best.json"
@@ -48,6 +49,11 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+
+    @classmethod
+    def of_run(cls, run: Path, keep: int = 1) -> CheckpointFolder:
+        """Those in the folder `run`; `keep` matters to who saves."""
+        return cls(run / CHECKPOINTS, keep)
 
     def updates(self) -> list[int]:
         """Updates with a complete checkpoint, oldest first."""

@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from crd.checkpoint import PREFIX, CheckpointFolder
+from crd.checkpoint import CHECKPOINTS, PREFIX, CheckpointFolder
 from crd.command_options import (
     build_engine,
     guidance_scales,
@@ -101,11 +101,11 @@ def _plain(config: CRDConfig) -> dict[str, Any]:
 
 def _resumed(path: Path) -> tuple[Path, bool | int]:
     """Run folder, and True for its last checkpoint or the update of the one that was named."""
-    named = path.parent.name == "checkpoints" and path.name.startswith(PREFIX)
+    named = path.parent.name == CHECKPOINTS and path.name.startswith(PREFIX)
     run = path.parent.parent if named else path
     if not is_run(run):
         raise CRDError(f"--resume needs a run folder (with {CONFIG_FILE}), got {path}")
-    return run, checkpoint_number(CheckpointFolder(path.parent, keep=1), path.name) if named else True
+    return run, checkpoint_number(CheckpointFolder.of_run(run), path.name) if named else True
 
 
 def sample(args: argparse.Namespace) -> None:

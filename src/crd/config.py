@@ -21,6 +21,7 @@ from crd.setting_checks import check_option
 
 MIXED_PRECISION = ("auto", "no", "bf16")
 BASE_DTYPES = ("float32", "bfloat16")
+COMPILE = ("no", "regional")
 
 AUTO: Literal["auto"] = "auto"
 ROWS_WITHOUT_GPU = 32  # what `micro_batch: auto` and `rollout_batch: auto` are there
@@ -152,7 +153,7 @@ class CRDConfig:
         check_option("reward_normalization", self.reward_normalization, NORMALIZATIONS)
         check_option("alarm", self.alarm, ACTIONS)
         check_option("solver", self.solver, SOLVERS)
-        check_option("compile", self.compile, ("no", "regional"))
+        check_option("compile", self.compile, COMPILE)
         if self.alarm == "raise_kl" and self.kl_max == 0:
             raise CRDError("alarm=raise_kl needs an anchor to strengthen, got kl_max=0; set kl_max, or use stop")
         check_option("finetune", self.finetune, ("lora", "full"))

@@ -6,7 +6,6 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ import yaml
 from crd.config import CRDConfig
 from crd.errors import CRDError
 from crd.extends import extended
-from crd.text_files import parse_yaml, read_text
+from crd.text_files import bundled, parse_yaml, read_bundled
+
+_RECIPES = "crd.recipes"
 
 
 def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> CRDConfig:
@@ -72,23 +73,14 @@ def config_from(values: Mapping[str, Any]) -> CRDConfig:
 
 def recipes() -> list[str]:
     """Names of the bundled recipes."""
-    return sorted(
-        path.name.removesuffix(".yaml") for path in files("crd.recipes").iterdir() if path.name.endswith(".yaml")
-    )
+    return bundled(_RECIPES)
 
 
 def _read_yaml(source: str | Path) -> dict[str, Any]:
-    content = parse_yaml(_read_text(source), source) or {}
+    content = parse_yaml(read_bundled(str(source), _RECIPES, "configuration"), source) or {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CRDError(f"{source} must hold `key: value` lines, got {type(content).__name__}")
     return content
-
-
-def _read_text(source: str | Path) -> str:
-    if str(source) in recipes() and not Path(source).is_file():
-        return files("crd.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-    missing = f"no configuration at {source}; give a YAML file or a recipe: {', '.join(recipes())}"
-    return read_text(Path(source), "configuration", missing)
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

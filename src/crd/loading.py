@@ -78,7 +78,7 @@ def check_target(target: str | Path, base: str | None = None, checkpoint: str = 
     """
     path = Path(target)
     if is_run(path):
-        checkpoint_number(CheckpointFolder(path / "checkpoints", keep=1), checkpoint)
+        checkpoint_number(CheckpointFolder.of_run(path), checkpoint)
     elif checkpoint != "last":
         raise CRDError(f"--checkpoint {checkpoint} is for runs and {target} is none (it has no {CONFIG_FILE})")
     check_source(base_name(target, base))
@@ -207,7 +207,7 @@ def _load_run(
     path: Path, model: str, wanted: str, device: str, prepare: Callable[[Backbone, CRDConfig | None], None]
 ) -> LoadedModel:
     config = load_config(path / CONFIG_FILE)
-    checkpoints = CheckpointFolder(path / "checkpoints", config.keep_checkpoints)
+    checkpoints = CheckpointFolder.of_run(path)
     state = checkpoints.load(checkpoint_number(checkpoints, wanted))
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -153,10 +153,8 @@ class RowVelocities:
     def _noise(self, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Noise (n, C, H, W) of rows; each depends on its own name only."""
         owner = self.rows.group_id if self.share_noise else self.rows.image_id
-        names = list(zip(owner[index].tolist(), self.rows.draw[index].tolist(), strict=True))
-        distinct = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        noise = initial_noise([derive_seed(*self.name, "noise", *name) for name in distinct], shape)
-        return noise[[distinct[name] for name in names]]
+        names = zip(owner[index].tolist(), self.rows.draw[index].tolist(), strict=True)
+        return initial_noise([derive_seed(*self.name, "noise", *name) for name in names], shape)
 
     def _velocity(
         self, denoiser: nn.Module, points: Points, conditioning: dict[str, Tensor], guidance: float

@@ -30,7 +30,7 @@ class RunBooks:
     def __init__(self, config: CRDConfig, recorded: CRDConfig, ranks: Ranks) -> None:
         self.recorded, self.ranks, self._config = recorded, ranks, config
         self.folder = RunFolder(Path(config.output_dir))
-        self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", config.keep_checkpoints)
+        self.checkpoints = CheckpointFolder.of_run(self.folder.path, config.keep_checkpoints)
         self._tracker: Tracker | None = None  # on the first process
         # Mean reward of the best checkpoint. In memory: other processes must not read a file that is being written.
         self.best: float | None = None

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,28 @@ def read_text(path: Path, kind: str, missing: str) -> str:
         raise CRDError(f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
     except OSError as error:
         raise CRDError(f"cannot read the {kind} {path}: {error.strerror}; check the path") from error
+
+
+def read_bundled(source: str, package: str, kind: str) -> str:
+    """A text file or, unless there is one of that name, the YAML file of `package` that is called so.
+
+    Args:
+        source: path, or name.
+        package: a folder of this one, such as "crd.recipes".
+        kind: as for `read_text`.
+
+    Raises:
+        CRDError: as `read_text`; tells the names.
+    """
+    names = bundled(package)
+    if source in names and not Path(source).is_file():
+        return files(package).joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    return read_text(Path(source), kind, f"no {kind} at {source}; give a YAML file or one of {', '.join(names)}")
+
+
+def bundled(package: str) -> list[str]:
+    """Names of the YAML files of a package."""
+    return sorted(path.name.removesuffix(".yaml") for path in files(package).iterdir() if path.name.endswith(".yaml"))
 
 
 def parse_yaml(text: str, source: str | Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from crd.backbones.pipeline import ATTENTION, CLIP_TOKENS, PipelineBackbone
+from crd.backbones.pipeline import ATTENTION, CLIP_TOKENS, PipelineBackbone, with_norm_of
 from crd.errors import CRDError
 
 
@@ -44,5 +44,4 @@ class Lumina2Backbone(PipelineBackbone):
         return -super().predict(denoiser, x_t, 1 - t, inputs)  # it predicts x0 - noise
 
     def combine(self, v_uncond: Tensor, v_cond: Tensor, scale: float) -> Tensor:
-        guided = super().combine(v_uncond, v_cond, scale)
-        return guided * (v_cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        return with_norm_of(v_cond, super().combine(v_uncond, v_cond, scale))

@@ -281,3 +281,8 @@ class PipelineBackbone(Backbone):
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
         """Inverse of `pack`, for latents of the shape of `like`."""
         return packed
+
+
+def with_norm_of(v_cond: Tensor, guided: Tensor) -> Tensor:
+    """`guided`, each vector along the last axis as long as that of `v_cond`: CFG that keeps the norm."""
+    return guided * (v_cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
+from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone, with_norm_of
 from crd.errors import CRDError
 
 
@@ -64,7 +64,7 @@ class QwenImageBackbone(PipelineBackbone):
 
     def combine(self, v_uncond: Tensor, v_cond: Tensor, scale: float) -> Tensor:
         guided, cond = self.pack(super().combine(v_uncond, v_cond, scale)), self.pack(v_cond)
-        return self.unpack(guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), v_cond)
+        return self.unpack(with_norm_of(cond, guided), v_cond)
 
     def pack(self, latents: Tensor) -> Tensor:
         packed: Tensor = self.pipeline._pack_latents(latents.contiguous(), *latents.shape)

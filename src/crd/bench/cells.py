@@ -17,6 +17,7 @@ from pathlib import Path
 
 from crd.atomic import replace_file
 from crd.bench.suite import EXECUTION, Cell
+from crd.checkpoint import CHECKPOINTS
 from crd.config import CRDConfig
 from crd.config_io import load_config
 from crd.errors import CRDError
@@ -127,7 +128,7 @@ class CellFolder:
         Raises:
             CRDError: it cannot be removed.
         """
-        folder = self.run / "checkpoints"
+        folder = self.run / CHECKPOINTS
         try:
             shutil.rmtree(folder)
         except OSError as error:

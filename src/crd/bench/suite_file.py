@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from crd.bench.suite import Suite, Sweep, Task
@@ -13,15 +11,16 @@ from crd.config_io import over_fields
 from crd.errors import CRDError, told_of
 from crd.extends import extended
 from crd.setting_checks import check_count, check_text
-from crd.text_files import known_fields, parse_yaml, read_text
+from crd.text_files import bundled, known_fields, parse_yaml, read_bundled
 
+_SUITES = "crd.bench.suites"
 _NEEDED = ("name", "reference", "seeds", "tasks", "arms")
 _OWN = ("name", "about")  # not taken from the suite that is extended
 
 
 def suites() -> list[str]:
     """Names of the bundled suites."""
-    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
+    return bundled(_SUITES)
 
 
 def read_suite(source: str) -> Suite:
@@ -39,17 +38,13 @@ def read_suite(source: str) -> Suite:
 
 
 def _read_yaml(source: str) -> dict[str, Any]:
-    if source in suites() and not Path(source).is_file():
-        text = _folder().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-    else:
-        missing = f"no suite at {source}; give a YAML file or one of {', '.join(suites())}"
-        text = read_text(Path(source), "suite", missing)
-    return _mapping(parse_yaml(text, source), source)
+    return _mapping(parse_yaml(read_bundled(source, _SUITES, "suite"), source), source)
 
 
 def _over_suite(suite: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    tasks = _by_name("tasks", suite, changes)
-    for name, task in _mapping(suite.get("tasks"), "tasks").items():
+    known = _mapping(suite.get("tasks"), "tasks")
+    tasks = {**known, **_mapping(changes.get("tasks"), "tasks")}
+    for name, task in known.items():
         was, now = _mapping(task, f"tasks.{name}"), _mapping(tasks[name], f"tasks.{name}")
         tasks[name] = {**was, **now, "arms": _over_arms(was, now)}
     taken = {key: value for key, value in suite.items() if key not in _OWN}
@@ -59,10 +54,6 @@ def _over_suite(suite: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 def _over_arms(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     was, arms = _settings_by_arm(values.get("arms"), "arms"), _settings_by_arm(changes.get("arms"), "arms")
     return {**was, **{name: over_fields(was.get(name, {}), settings) for name, settings in arms.items()}}
-
-
-def _by_name(key: str, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_mapping(values.get(key), key), **_mapping(changes.get(key), key)}
 
 
 def parse_suite(content: Any) -> Suite:
@@ -133,7 +124,3 @@ def _mapping(content: Any, what: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CRDError(f"{what} must be `key: value` lines, got {content!r}")
     return content
-
-
-def _folder() -> Any:
-    return files("crd.bench").joinpath("suites")

@@ -150,7 +150,7 @@ def read_run(path: Path, name: str) -> Run:
         None if events is None else tuple(events),
         None if environment is None else environment.content,
         summary,
-        CheckpointFolder(path / "checkpoints", keep=1).best(),
+        CheckpointFolder.of_run(path).best(),
         tuple(missing),
     )
 
