@@ -13,7 +13,7 @@ from PIL import Image
 from crd.bench.analysis import Curve
 from crd.bench.cells import FAILED, FINISHED, STARTED, Attempt
 from crd.bench.collect import Outcome
-from crd.bench.compare import Comparison, compare_task
+from crd.bench.compare import Comparison, compare_arms
 from crd.bench.figures import COLORS, draw_figures
 from crd.bench.suite import Cell, Suite, Sweep, Task
 from crd.bench.tables import write_report
@@ -60,7 +60,7 @@ def outcomes() -> list[Outcome]:
 
 @pytest.fixture
 def comparison(outcomes: list[Outcome]) -> Comparison:
-    found = compare_task(outcomes, "crd")
+    found = compare_arms(outcomes, ARMS, "crd")
     assert found is not None
     return found
 
@@ -110,12 +110,53 @@ def test_the_distance_to_another_anchor_is_left_out(comparison: Comparison) -> N
 
 def test_unfinished_runs_and_missing_seeds_are_left_out(outcomes: list[Outcome]) -> None:
     late = [outcome("crd", 7, [0.0, 0.0], [0.0, 0.0], state=STARTED), outcome("slow", 7, [0.9, 0.9, 0.9], [0.0] * 3)]
-    found = compare_task([*outcomes, *late], "crd")
+    found = compare_arms([*outcomes, *late], ARMS, "crd")
     assert found is not None
     assert found.images == 200.0
     assert (found.mean("slow", "reward").seeds, found.difference("slow", "reward").seeds) == (4, 3)
     assert found.difference("slow", "reward").mean == pytest.approx(-0.3)
-    assert compare_task([outcome("crd", 0, [0.1], [0.1], state=FAILED)], "crd") is None
+    assert compare_arms([outcome("crd", 0, [0.1], [0.1], state=FAILED)], ARMS, "crd") is None
+
+
+def timed(one: Outcome, **attempt: float | str) -> Outcome:
+    return replace(one, attempts=tuple(replace(was, **attempt) for was in one.attempts))  # type: ignore[arg-type]
+
+
+def test_seconds_of_runs_that_waited_or_were_executed_otherwise_are_left_out(
+    outcomes: list[Outcome], tmp_path: Path
+) -> None:
+    """`crd` of seed 0 waited for 7 of its 60 s; `hacks` of seed 1 ran with another number of jobs and was quick."""
+    outcomes[0] = timed(outcomes[0], waited_seconds=7.0)
+    outcomes[3] = timed(outcomes[3], waited_seconds=5.0)
+    hacks = timed(outcome("hacks", 1, [0.2, 0.6, 0.8], [0.5, 0.3, 0.2], seconds=1.0, anchor=1.0), jobs=1)
+    outcomes[5] = hacks
+    found = compare_arms(outcomes, ARMS, "crd")
+    assert found is not None
+    assert (found.seconds, found.untimed) == (20.0, ("crd/seed-0", "hacks/seed-1"))
+    assert found.mean("crd", "seconds").seeds == 2
+    assert found.mean("crd", "reward").seeds == 3
+    assert found.ratio("slow", "seconds").seeds == 2
+    assert found.ratio("hacks", "seconds").seeds == 1
+    assert found.difference("hacks", "reward_by_seconds").seeds == 1
+    text = write_report(tmp_path, SUITE, outcomes, {}, {}).read_text()
+    assert text.split("Without seconds, ")[1].splitlines()[0].endswith(": crd/seed-0, hacks/seed-1.")
+    nothing = write_report(tmp_path, SUITE, [timed(one, waited_seconds=60.0) for one in outcomes], {}, {}).read_text()
+    assert "of training |" not in nothing
+    assert "| training, s | – | – | – |" in nothing
+
+
+def test_equal_seconds_are_those_of_the_arms_that_are_compared(outcomes: list[Outcome]) -> None:
+    """A quick run cuts the comparison of its own table only."""
+    quick = [outcome("hacks", seed, [0.2, 0.6, 0.8], [0.5, 0.3, 0.2], seconds=1.0, anchor=1.0) for seed in (0, 1, 2)]
+    runs = [*(one for one in outcomes if one.cell.arm != "hacks"), *quick]
+    seconds = [found.seconds for arms in (ARMS, ARMS[:2]) if (found := compare_arms(runs, arms, "crd")) is not None]
+    assert seconds == [2.0, 20.0]
+
+
+def test_two_seeds_that_happen_to_agree_decide_nothing(outcomes: list[Outcome], tmp_path: Path) -> None:
+    text = write_report(tmp_path, SUITE, [one for one in outcomes if one.cell.seed < 2], {}, {}).read_text()
+    assert "−0.300 [−0.300, −0.300]" in text
+    assert "**" not in text
 
 
 def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
@@ -197,6 +238,6 @@ def test_a_group_of_which_only_the_reference_has_run_is_not_told(outcomes: list[
     text = write_report(tmp_path, suite, runs, {}, figures).read_text()
     assert "### pace" in text
     assert "### hacking" not in text
-    comparison = compare_task(runs, "crd")
+    comparison = compare_arms(runs, ARMS, "crd")
     assert comparison is not None
     assert comparison.told(("crd",)) == ["crd"]

@@ -160,6 +160,8 @@ def test_the_name_of_a_suite_is_its_own(tmp_path: Path) -> None:
         ({"groups": {"one": ["x"]}}, "one names the arm 'x'"),
         ({"groups": {"one": "crd"}}, "one must be a list of names"),
         ({"sweeps": {"s": {"field": "kl", "arms": ["crd"]}}}, "field of sweep s must be a field of the configuration"),
+        ({"sweeps": {"s": {"field": "kl_gate", "arms": ["crd"]}}}, "field of sweep s .* so a number, got 'kl_gate'"),
+        ({"sweeps": {"s": {"field": "share_noise", "arms": ["crd"]}}}, "so a number, got 'share_noise'"),
         ({"arms": {"crd": {}, "loose": {}, **{f"a{n}": {} for n in range(7)}}}, "has 9 arms"),
         ({"tasks": None}, "at least one task"),
     ],
@@ -202,6 +204,17 @@ def test_runs_that_cannot_be_made_or_compared_are_refused(arm: dict[str, Any], m
     suite = parse_suite(written(tasks={"ocr": {"recipe": "ocr-demo"}}, arms={"crd": {}, "loose": arm}))
     with pytest.raises(CRDError, match=f"suite small, .*{message}"):
         check_runs(suite, suite.cells())
+
+
+def test_an_arm_that_is_not_asked_for_now_is_measured_like_the_others_too() -> None:
+    """Its runs may be there already; but what it could not even start with is no matter."""
+    tasks = {"ocr": {"recipe": "ocr-demo"}}
+    suite = parse_suite(written(tasks=tasks, arms={"crd": {}, "fine": {"eval_steps": 3}}))
+    for arms in (["crd"], ["fine"]):
+        with pytest.raises(CRDError, match="arms crd and fine cannot be compared: eval_steps is 10 and 3"):
+            check_runs(suite, suite.cells(arms=arms))
+    suite = parse_suite(written(tasks=tasks, arms={"crd": {}, "broken": {"kl_maks": 1}}))
+    check_runs(suite, suite.cells(arms=["crd"]))
 
 
 def test_unknown_choices_are_refused() -> None:

@@ -15,6 +15,7 @@ from crd.metrics.bootstrap import student_quantile
 
 LEVEL = 0.95
 SHARE = 0.9  # of a gain in reward, whose images are counted
+LEAST_SEEDS = 3  # of two, differences that happen to be alike give an interval of no width
 LEAST_RANGE = 0.1  # of the reference's gain: rewards that two runs must share to be compared at equal reward
 
 
@@ -44,8 +45,8 @@ class Interval:
     seeds: int
 
     def excludes(self, value: float) -> bool:
-        """Whether the interval is known and `value` lies outside of it."""
-        return value < self.low or value > self.high
+        """Whether the interval is known and `value` lies outside of it, with seeds enough to say so."""
+        return self.seeds >= LEAST_SEEDS and (value < self.low or value > self.high)
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

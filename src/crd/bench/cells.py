@@ -18,13 +18,14 @@ from pathlib import Path
 from crd.atomic import replace_file
 from crd.bench.suite import EXECUTION, Cell
 from crd.checkpoint import CHECKPOINTS
-from crd.config import CRDConfig
+from crd.config import AUTO, CRDConfig
 from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.json_files import JsonObject, read_object_lines
 from crd.loading import is_run
 from crd.run_folder import CONFIG_FILE, SUMMARY_FILE
 
+WAITING = 0.1  # of an attempt's time
 NEW, STARTED, FAILED, FINISHED = "new", "started", "failed", "finished"
 # What may differ between the suite and a run that it goes on with: where it lies, and how it is executed.
 _FREE = frozenset({"output_dir", *EXECUTION})
@@ -46,6 +47,17 @@ class Attempt:
     cores: int
     commit: str | None  # of the code; None = it does not lie in a git repository
     compile: str = "no"  # as in the configuration
+    waited_seconds: float | None = None  # that its main thread was kept from a processor; None = not known
+
+    @property
+    def conditions(self) -> tuple[str, int, int, int, str]:
+        """What seconds depend on beside the run: two runs of other conditions do not compare."""
+        return self.processor, self.cores, self.jobs, self.threads, self.compile
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known."""
+        return self.waited_seconds is None or self.waited_seconds <= WAITING * self.seconds
 
 
 class CellFolder:
@@ -62,7 +74,7 @@ class CellFolder:
         self._settings, self._attempts = self.path / "settings.yaml", self.path / "attempts.jsonl"
 
     def state(self) -> str:
-        """How far the run is; one that was stopped, or whose harness died, is started and no failure."""
+        """How far the run is; one that was stopped, or whose harness died at the first attempt, is no failure."""
         if (self.run / SUMMARY_FILE).is_file():
             return FINISHED
         attempts = self.attempts()
@@ -81,7 +93,8 @@ class CellFolder:
         recorded = load_config(self.run / CONFIG_FILE)
         for name, was in dataclasses.asdict(recorded).items():
             asked = config.__dict__[name]
-            if name not in _FREE and was != asked:
+            # A run records what `auto` came to.
+            if name not in _FREE and was != asked and asked != AUTO:
                 raise CRDError(f"{self.run} was made with {name}={was!r}, the suite asks for {asked!r}; choose another "
                                "--output_dir, or move that run away")  # fmt: skip
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from crd.backbones.pipeline import PipelineBackbone
 from crd.bench.suite import Cell, Suite
 from crd.config import CRDConfig
-from crd.errors import told_of
+from crd.errors import CRDError, told_of
 from crd.loading import DTYPES
 from crd.planning.model_files import read_model
 from crd.planning.plan import check_without_weights
@@ -33,9 +34,23 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
             known[cell.arm] = suite.config(cell, Path("unused"), {})
             load_judged(known[cell.arm])
             check_without_weights(_backbone(known[cell.arm]), known[cell.arm])
+    check_measured(suite, [cell for cell in suite.cells() if cell.task in arms])
+
+
+def check_measured(suite: Suite, cells: Iterable[Cell]) -> None:
+    """Refuse arms of one task whose images are measured by different means; an arm that does not hold is no arm.
+
+    Raises:
+        CRDError: names the task and what differs.
+    """
+    arms: dict[str, dict[str, CRDConfig]] = {}
+    for cell in cells:
+        with suppress(CRDError):
+            arms.setdefault(cell.task, {}).setdefault(cell.arm, suite.config(cell, Path("unused"), {}))
     for task, configs in arms.items():
-        with told_of(f"suite {suite.name}, task {task}"):
-            suite.check_measured(configs)
+        if configs:
+            with told_of(f"suite {suite.name}, task {task}"):
+                suite.check_measured(configs)
 
 
 def rows_per_update(config: CRDConfig) -> int:

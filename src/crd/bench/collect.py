@@ -44,6 +44,16 @@ class Outcome:
         return self.state == FINISHED
 
     @property
+    def conditions(self) -> frozenset[tuple[str, int, int, int, str]]:
+        """Those of all attempts."""
+        return frozenset(one.conditions for one in self.attempts)
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether its seconds are its own."""
+        return all(one.undisturbed for one in self.attempts)
+
+    @property
     def peak_bytes(self) -> float:
         """Most memory of any attempt; NaN if none was recorded."""
         return max((float(one.peak_bytes) for one in self.attempts), default=math.nan)

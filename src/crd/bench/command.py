@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crd.bench.cells import FAILED, Attempt, CellFolder
-from crd.bench.checks import check_runs
+from crd.bench.checks import check_measured, check_runs
 from crd.bench.collect import collect, write_results
 from crd.bench.figures import draw_figures
 from crd.bench.runner import Job, Runner, alone
@@ -84,11 +84,12 @@ def summarise(suite: Suite, out: Path) -> bool:
         Whether there is a run to tell of.
 
     Raises:
-        CRDError: a run folder is damaged, or the files cannot be written.
+        CRDError: a run folder is damaged, arms do not compare, or the files cannot be written.
     """
     # Of arms that were never begun, not even the settings need to hold.
     begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
     planned = plan_cells(suite, begun, out, {})
+    check_measured(suite, begun)
     outcomes = collect(planned)
     if not outcomes:
         return False

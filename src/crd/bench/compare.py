@@ -1,8 +1,9 @@
-"""The arms of one task side by side: what each run measures, and paired by seed with the reference arm."""
+"""Arms of one task side by side: what each run measures, and paired by seed with the reference arm."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,19 +28,21 @@ STATE = (DIVERSITY, KL_TO_BASE, KL_TO_ANCHOR)  # of a model, told and drawn besi
 REWARD_BY_SECONDS = "reward_by_seconds"
 OWN_IMAGES, REFERENCE_IMAGES, SPEED = "images_to_own_gain", "images_to_reference_gain", "reference_speed"
 PEAK, SECONDS = "peak_memory_bytes", "seconds"
+FACTORS = frozenset({OWN_IMAGES, REFERENCE_IMAGES, PEAK, SECONDS})
 DRIFT, EQUAL_REWARD = "drift_", "at_equal_reward_"  # and the name of a score
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Measures of the finished runs of one task."""
+    """Measures of the finished runs of some arms of one task."""
 
     images: float  # the least that any of the runs has drawn
-    seconds: float  # the least that any of them has trained
+    seconds: float  # the least that any of those has trained whose seconds compare; NaN = none does
     reference: str
     scores: tuple[str, ...]  # held-out
     arms: Mapping[str, Mapping[int, Mapping[str, float]]]  # arm -> seed -> measure -> value
     other_anchor: tuple[str, ...]  # arms whose `kl_to_anchor` is the distance to another model than the reference's
+    untimed: tuple[str, ...]  # runs whose seconds compare with nothing
 
     def values(self, arm: str, measure: str) -> list[float]:
         """A measure of every seed of an arm; NaN where it does not apply."""
@@ -59,8 +62,8 @@ class Comparison:
         return len(self.arms[arm])
 
     def mean(self, arm: str, measure: str) -> Interval:
-        """A measure of an arm over its seeds."""
-        return over_seeds(self.values(arm, measure))
+        """A measure of an arm over its seeds; of what is above 0 and varies by factors, the geometric mean."""
+        return (ratio_over_seeds if measure in FACTORS else over_seeds)(self.values(arm, measure))
 
     def difference(self, arm: str, measure: str) -> Interval:
         """A measure of an arm minus that of the reference, over the seeds that both have finished."""
@@ -77,24 +80,38 @@ class Comparison:
         ]
 
 
-def compare_task(outcomes: Sequence[Outcome], reference: str) -> Comparison | None:
-    """The comparison of one task's finished runs; None if there is none."""
-    done = [one for one in outcomes if one.finished]
+def compare_arms(outcomes: Sequence[Outcome], arms: Sequence[str], reference: str) -> Comparison | None:
+    """The comparison of the finished runs of some arms of one task; None if there is none.
+
+    Seconds are compared between runs that others did not disturb, under the conditions that most of them had.
+    """
+    done = [one for one in outcomes if one.finished and one.cell.arm in arms]
     if not done:
         return None
     images = min(float(one.curve.images[-1]) for one in done)
-    seconds = min(float(one.curve.seconds[-1]) for one in done)
+    undisturbed = [one for one in done if one.undisturbed]
+    usual = Counter(one.conditions for one in undisturbed).most_common(1)
+    timed = [one for one in undisturbed if one.conditions == usual[0][0]]
+    seconds = min((float(one.curve.seconds[-1]) for one in timed), default=math.nan)
     references = {one.cell.seed: one for one in done if one.cell.arm == reference}
-    scores = tuple(dict.fromkeys(name for one in done for name in one.curve.values if name.startswith(HELD_OUT)))
+    scores = held_out_scores(done)
     anchors = {one.anchor_guidance for one in references.values()}
     others = tuple(dict.fromkeys(one.cell.arm for one in done if anchors and one.anchor_guidance not in anchors))
-    arms: dict[str, dict[int, dict[str, float]]] = {}
+    found: dict[str, dict[int, dict[str, float]]] = {}
     for one in done:
         measured = _measures(one, references.get(one.cell.seed), images, seconds, scores)
         if one.cell.arm in others:
             measured.pop(KL_TO_ANCHOR, None)
-        arms.setdefault(one.cell.arm, {})[one.cell.seed] = measured
-    return Comparison(images, seconds, reference, scores, arms, others)
+        if one not in timed:
+            measured |= {REWARD_BY_SECONDS: math.nan, SECONDS: math.nan}
+        found.setdefault(one.cell.arm, {})[one.cell.seed] = measured
+    untimed = tuple(f"{one.cell.arm}/seed-{one.cell.seed}" for one in done if one not in timed)
+    return Comparison(images, seconds, reference, scores, found, others, untimed)
+
+
+def held_out_scores(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Names of the held-out scores of any of the runs."""
+    return tuple(dict.fromkeys(name for one in outcomes for name in one.curve.values if name.startswith(HELD_OUT)))
 
 
 def _measures(

@@ -10,7 +10,7 @@ import numpy as np
 
 from crd.bench.analysis import Curve
 from crd.bench.collect import Outcome
-from crd.bench.compare import KL_TO_ANCHOR, STATE, Comparison, compare_task, told_scores
+from crd.bench.compare import KL_TO_ANCHOR, STATE, Comparison, compare_arms, told_scores
 from crd.bench.suite import MOST_LINES, Suite, Sweep
 from crd.errors import CRDError
 from crd.report.words import title
@@ -19,7 +19,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise CRDError('crd bench draws its figures with matplotlib; pip install "crd[bench]"') from error
+    raise CRDError('crd bench draws its figures with matplotlib; pip install -e ".[bench]"') from error
 
 # Okabe and Ito's colors, which color-blind people tell apart; the reference is black. Markers tell them in gray, too.
 COLORS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c7500")
@@ -41,18 +41,18 @@ def draw_figures(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> dict[s
     written: dict[str, list[Path]] = {}
     for task in suite.tasks:
         done = [one for one in outcomes if one.cell.task == task and one.finished]
-        comparison = compare_task(done, suite.reference)
-        if comparison is None:
-            continue
         written[task] = []
         for name, arms in suite.tables().items():
-            if comparison.told(arms):
+            comparison = compare_arms(done, arms, suite.reference)
+            if comparison is not None and comparison.told(arms):
                 runs = {arm: [one for one in done if one.cell.arm == arm] for arm in arms}
                 figure = _arms_figure(task, name, runs, comparison)
                 written[task].append(_save(figure, out / f"{task}-{name or 'arms'}"))
         for name, sweep in suite.sweeps.items():
-            figure = _sweep_figure(task, name, sweep, done, comparison)
-            written[task].append(_save(figure, out / f"{task}-sweep-{name}"))
+            comparison = compare_arms(done, (suite.reference, *sweep.arms), suite.reference)
+            if comparison is not None:
+                figure = _sweep_figure(task, name, sweep, done, comparison)
+                written[task].append(_save(figure, out / f"{task}-sweep-{name}"))
     return written
 
 
@@ -131,8 +131,9 @@ def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], c
         for panel, measure in zip(panels, measures, strict=True):
             found = [comparison.mean(arm, measure) for _, arm in points]
             ends = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-            panel.errorbar(across, [one.mean for one in found], yerr=np.nan_to_num(ends), color=COLORS[place],
-                           marker=_MARKERS[place], linewidth=2, capsize=3, label=label or None)  # fmt: skip
+            look = place % MOST_LINES
+            panel.errorbar(across, [one.mean for one in found], yerr=np.nan_to_num(ends), color=COLORS[look],
+                           marker=_MARKERS[look], linewidth=2, capsize=3, label=label or None)  # fmt: skip
             panel.set_title(title(measure), fontsize=10)
             panel.set_xlabel(sweep.field)
             if all(value > 0 for one in lines.values() for value, _ in one):

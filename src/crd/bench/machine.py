@@ -1,4 +1,4 @@
-"""What seconds and memory were measured on: the processor, and the state of the code."""
+"""What seconds and memory were measured on: the processor and who else wanted it, and the state of the code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,17 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-@functools.cache
+def waited_seconds(pid: int) -> float | None:
+    """Time that the main thread of a process, alive or ended and not yet reaped, was kept from a processor.
+
+    None where the system does not count it: elsewhere than on Linux.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def commit() -> str | None:
     """The git commit of this package, with a + if files that git knows have changed since; None = not in git."""
     folder = Path(crd.__file__).parent

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from crd.bench.cells import Attempt, CellFolder
-from crd.bench.machine import commit, processor
+from crd.bench.machine import commit, processor, waited_seconds
 from crd.config import CRDConfig
 from crd.errors import CRDError
 
@@ -40,6 +40,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     began: datetime
     clock: float
+    commit: str | None  # of the code that it started with
 
 
 @contextmanager
@@ -107,16 +108,17 @@ class Runner:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[self._lock],
                 env={**os.environ, "OMP_NUM_THREADS": threads},
             )  # fmt: skip
-        self._running.append(_Child(job, process, datetime.now(timezone.utc), time.perf_counter()))
+        self._running.append(_Child(job, process, datetime.now(timezone.utc), time.perf_counter(), commit()))
         self._started(job)
 
     def _reap(self, *, stopped: bool) -> None:
         """Record the processes that have ended."""
         for child in list(self._running):
-            # Not Popen.poll: only wait4 tells what this process, and no other, has used.
-            pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
-            if pid == 0:
+            if os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
                 continue
+            waited = waited_seconds(child.process.pid)
+            # Not Popen.poll: only wait4 tells what this process, and no other, has used.
+            _, status, usage = os.wait4(child.process.pid, 0)
             child.process.returncode = os.waitstatus_to_exitcode(status)
             self._running.remove(child)
             config = child.job.config
@@ -132,8 +134,9 @@ class Runner:
                 jobs=self._jobs,
                 processor=processor(),
                 cores=os.cpu_count() or 1,
-                commit=commit(),
+                commit=child.commit,
                 compile=config.compile,
+                waited_seconds=waited,
             )
             child.job.folder.add(attempt)
             if not stopped:

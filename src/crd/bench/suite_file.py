@@ -104,6 +104,10 @@ def _sweep(name: str, content: Any) -> Sweep:
     for key in ("field", "by"):
         if (given := values.get(key)) is not None and given not in CRDConfig.__dataclass_fields__:
             raise CRDError(f"{key} of sweep {name} must be a field of the configuration, got {given!r}")
+    default = CRDConfig.__dataclass_fields__[values["field"]].default
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        raise CRDError(f"field of sweep {name} is what its results are drawn against, so a number, got "
+                       f"{values['field']!r}")  # fmt: skip
     return Sweep(values["field"], _words(values.get("arms"), f"sweep {name}"), values.get("by"))
 
 

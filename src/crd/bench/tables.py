@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from crd.atomic import replace_file
-from crd.bench.analysis import SHARE, Interval, ratio_over_seeds
+from crd.bench.analysis import LEAST_SEEDS, SHARE, Interval, ratio_over_seeds
+from crd.bench.cells import WAITING
 from crd.bench.collect import Outcome
 from crd.bench.compare import (
     DRIFT,
@@ -19,7 +20,8 @@ from crd.bench.compare import (
     SECONDS,
     SPEED,
     Comparison,
-    compare_task,
+    compare_arms,
+    held_out_scores,
     told_scores,
 )
 from crd.bench.suite import Suite
@@ -29,8 +31,9 @@ from crd.report.words import duration, number, signed, title
 REPORT_FILE = "report.md"
 _DASH = "–"
 _READING = f"""Means over the seeds with 95% intervals of Student's t; few seeds make them wide, and one gives none.
-"(3 of 5)" behind one says that only so many seeds of the arm have such a value.
-Differences and ratios are to the reference arm, paired by seed; bold where the interval excludes 0, or 1 for a ratio.
+"(3 of 5)" behind one says that only so many seeds of the arm have such a value. Means of images, seconds and memory are
+geometric, as those of ratios. Differences and ratios are to the reference arm, paired by seed; bold where the interval
+of {LEAST_SEEDS} seeds or more excludes 0, or 1 for a ratio.
 Intervals are not corrected for their number. "Reward" is that on the evaluation prompts, "{SHARE:.0%} of its gain" the
 first crossing of start + {SHARE} (end - start) between evaluations, "at equal reward" the mean difference of the drift
 curves over the rewards that both runs have passed. docs/benchmarks.md defines all of it."""
@@ -57,19 +60,17 @@ def write_report(
     """
     parts = [f"# {suite.name}", suite.about, f"Reference arm: {suite.reference}. {_READING}", *_measured_on(outcomes)]
     for task in suite.tasks:
-        comparison = compare_task([one for one in outcomes if one.cell.task == task], suite.reference)
+        done = [one for one in outcomes if one.cell.task == task and one.finished]
         parts.append(f"## {task}")
-        if comparison is None:
+        if not done:
             parts.append("No run is finished.")
             continue
-        parts += _bases([one for one in outcomes if one.cell.task == task], comparison)
+        parts += _bases(done, suite.reference)
         for name, arms in suite.tables().items():
-            if present := comparison.told(arms):
+            comparison = compare_arms(done, arms, suite.reference)
+            if comparison is not None and (present := comparison.told(arms)):
                 parts += [f"### {name}"] if name else []
-                parts.append(_table(comparison, present, suite.tell))
-        if comparison.other_anchor:
-            parts.append(f"Without a distance to the anchor, because theirs is another one than the reference's: "
-                         f"{', '.join(comparison.other_anchor)}.")  # fmt: skip
+                parts += [_table(comparison, present, suite.tell), *_left_out(comparison)]
         parts += [f"![{path.stem}]({path.name})" for path in figures.get(task, ())]
     if failed:
         parts += ["## Failed runs", "\n".join(f"- {cell}: {words}" for cell, words in failed.items())]
@@ -98,16 +99,28 @@ def _measured_on(outcomes: Sequence[Outcome]) -> list[str]:
     return ["; ".join(f"{name}: {' and '.join(sorted(values))}" for name, values in facts.items()) + "."]
 
 
-def _bases(outcomes: Sequence[Outcome], comparison: Comparison) -> list[str]:
-    """The base model without and with guidance, from the runs of the reference arm."""
-    runs = [one for one in outcomes if one.finished and one.cell.arm == comparison.reference]
+def _left_out(comparison: Comparison) -> list[str]:
+    """What the table does not tell of some arms and runs, and why."""
+    told = []
+    if comparison.other_anchor:
+        told.append(f"Without a distance to the anchor, because theirs is another one than the reference's: "
+                    f"{', '.join(comparison.other_anchor)}.")  # fmt: skip
+    if comparison.untimed:
+        told.append(f"Without seconds, because others kept them from the processor for more than {WAITING:.0%} of the "
+                    f"time, or because they were executed otherwise: {', '.join(comparison.untimed)}.")  # fmt: skip
+    return told
+
+
+def _bases(done: Sequence[Outcome], reference: str) -> list[str]:
+    """The base model without and with guidance, from the finished runs of the reference arm."""
+    runs = [one for one in done if one.cell.arm == reference]
     if not runs:
         return []
     states = [("base model, no guidance", [{n: float(v[0]) for n, v in one.curve.values.items()} for one in runs])]
     guided = [one.guided for one in runs if one.guided]
     if guided:
         states.append((f"base model, guidance {runs[0].anchor_guidance:g}", [dict(one) for one in guided]))
-    names = ("reward", *comparison.scores)
+    names = ("reward", *held_out_scores(done))
     rows = [
         [label, *(number(sum(one[name] for one in found) / len(found)) if all(name in one for one in found) else _DASH
                   for name in names)]
@@ -122,8 +135,9 @@ def _table(comparison: Comparison, arms: Sequence[str], tell: Sequence[str]) -> 
     table.add("seeds", lambda arm: str(comparison.seeds(arm)))
     table.mean(f"reward at {comparison.images:,.0f} images", "reward")
     table.difference("reward")
-    table.mean(f"reward at {duration(comparison.seconds)} of training", REWARD_BY_SECONDS)
-    table.difference(REWARD_BY_SECONDS)
+    if not math.isnan(comparison.seconds):
+        table.mean(f"reward at {duration(comparison.seconds)} of training", REWARD_BY_SECONDS)
+        table.difference(REWARD_BY_SECONDS)
     table.add(f"images to {share} of its gain", lambda arm: _reached(comparison, arm, OWN_IMAGES))
     table.versus(f"divided by {reference}'s images to there", lambda arm: _speed(comparison, arm))
     table.add(f"images to {share} of {reference}'s gain", lambda arm: _reached(comparison, arm, REFERENCE_IMAGES))
