@@ -39,7 +39,7 @@ def font_files() -> list[str]:
     for package, names in PACKAGED_FONTS.items():
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise SystemExit(f'the benchmark draws with {package}; pip install "crd[pretrain]"')
+            raise SystemExit(f'the benchmark draws with {package}; pip install -e ".[pretrain]"')
         files += [str(Path(spec.origin).parent / "files" / name) for name in names]
     return files
 

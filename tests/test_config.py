@@ -10,6 +10,7 @@ import yaml
 from crd.config import RESUMABLE, CRDConfig
 from crd.config_io import config_from, load_config, recipes
 from crd.errors import CRDError
+from crd.unread_settings import unread_settings
 
 
 def test_defaults_are_the_published_settings() -> None:
@@ -96,9 +97,40 @@ def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_leave_one_out_needs_two_draws() -> None:
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, []),
+        ({"tau": 0.2}, ["tau=0.2 changes nothing with centering=uniform"]),
+        ({"tau": 0.2, "centering": "tempered"}, []),
+        ({"kl_max": 0.0, "kl_gate": "constant", "kl_min": 0.01},
+         ["kl_gate=constant changes nothing with kl_max=0", "kl_min=0.01 changes nothing with kl_max=0"]),
+        ({"kl_gate": "constant", "kl_min": 0.01}, ["kl_min=0.01 changes nothing with kl_gate=constant"]),
+        ({"kl_gate": "advantage", "kl_reward_range": (0.0, 2.0), "kl_min": 0.01},
+         ["kl_reward_range=(0.0, 2.0) changes nothing with kl_gate=advantage"]),
+        ({"decouple_sampler": False, "sampler_end": 0.9},
+         ["sampler_end=0.9 changes nothing with decouple_sampler=false"]),
+        ({"objective": "raft", "old_slope": 0.1}, ["old_slope=0.1 changes nothing with objective=raft"]),
+        ({"objective": "raft", "old_slope": 0.1, "decouple_sampler": False}, []),
+        ({"finetune": "full", "lora_rank": 8}, ["lora_rank=8 changes nothing with finetune=full"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_change_nothing_are_told(values: dict[str, Any], told: list[str]) -> None:
+    assert unread_settings(CRDConfig(**values)) == told
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_bundled_recipes_set_nothing_that_they_do_not_read(recipe: str) -> None:
+    assert unread_settings(load_config(recipe, {})) == []
+
+
+def test_leave_one_out_needs_two_independent_draws() -> None:
     with pytest.raises(CRDError, match="draws"):
-        CRDConfig(residual="leave_one_out", draws=1)
+        CRDConfig(residual="leave_one_out", timesteps="uniform", draws=1)
+    for timesteps in ("rollout_grid", "stratified"):
+        with pytest.raises(CRDError, match=f"independent of each other, got timesteps={timesteps}; set timesteps to"):
+            CRDConfig(residual="leave_one_out", timesteps=timesteps)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_hand_worked_squared_losses() -> None:
     assert out.metrics["loss_policy"] == pytest.approx(0.365)
     assert out.loss.item() == pytest.approx(5 / 0.5 * 0.365)
     assert out.metrics["residual_rms"] == pytest.approx(0.365**0.5)
-    assert out.metrics["reward_correlation"] == pytest.approx(1.2 / (0.16 * 10 * 0.25) ** 0.5 / 2)
+    assert out.metrics["implicit_reward_correlation"] == pytest.approx(1.2 / (0.16 * 10 * 0.25) ** 0.5 / 2)
     assert out.metrics["implicit_reward_mean"] == 1.0
     assert out.metrics["implicit_reward_std"] == pytest.approx(2.5**0.5)
     loo = CRD(dataclasses.replace(config, residual="leave_one_out")).loss({"implicit_reward": HAND_R}, hand_rows())
@@ -271,7 +271,7 @@ def test_hand_worked_kl() -> None:
     assert out.metrics["loss_kl"] == pytest.approx((2e-4 + 0.6) / 4)
     assert out.metrics["kl_strength_mean"] == pytest.approx((1e-4 + 0.1) / 2)
     assert out.metrics["kl"] == 2.0
-    assert out.metrics["reward_correlation"] == 0.0
+    assert out.metrics["implicit_reward_correlation"] == 0.0
     # The policy term at R = 0 is 0.2² · 5.
     assert out.loss.item() == pytest.approx(0.04 * 5 + (2e-4 + 0.6) / 4)
 
@@ -316,17 +316,24 @@ def test_leave_one_out_is_unbiased_and_per_draw_is_not() -> None:
     assert loo.metrics["loss_policy"] == pytest.approx(exact, abs=0.06)
 
 
-def test_draws_without_replacement_lower_the_leave_one_out_estimate_as_documented() -> None:
+@pytest.mark.parametrize(
+    ("of_image_1", "mean_square", "variance"), [((0.0, 3.0, 6.0), 1.5**2, 1.5), ((-3.0, 0.0, 3.0), 0.0, 1.5)]
+)
+@pytest.mark.parametrize("independent", [False, True])
+def test_leave_one_out_with_dependent_draws_pays_for_variance_over_t(
+    of_image_1: tuple[float, ...], mean_square: float, variance: float, independent: bool
+) -> None:
     # Image 1 has R = (0, 3, 6) at the S = 3 grid points, image 0 has 0, A = 1/2: β R_c - A_c of image 1 is
-    # (0, 1.5, 3), mean 1.5, variance 1.5. Over all ordered pairs: 1.5² - 1.5 / (S - 1).
-    pairs = list(itertools.permutations((0.0, 3.0, 6.0), 2))
+    # (0, 1.5, 3), mean 1.5, variance 1.5. Over all pairs of different points: 1.5² - 1.5 / (S - 1), which in the other
+    # case is below 0, the loss of the optimum, and falls without end as R is scaled up. Over all pairs: the square.
+    pairs = list(itertools.product(of_image_1, repeat=2) if independent else itertools.permutations(of_image_1, 2))
     base = hand_rows()
     rows = Rows(*(getattr(base, f.name).repeat(len(pairs)) for f in dataclasses.fields(Rows)))
     group_id = torch.arange(len(pairs)).repeat_interleave(4)
     rows = dataclasses.replace(rows, group_id=group_id, advantage=torch.full((len(rows),), 0.5, dtype=DOUBLE))
     r = torch.tensor([[0.0, 0.0, first, second] for first, second in pairs], dtype=DOUBLE).flatten()
     out = CRD(CRDObjectiveConfig(kl_max=0.0, residual="leave_one_out")).loss({"implicit_reward": r}, rows)
-    assert out.metrics["loss_policy"] == pytest.approx(1.5**2 - 1.5 / 2)
+    assert out.metrics["loss_policy"] == pytest.approx(mean_square - (0.0 if independent else variance / 2))
 
 
 def test_tempered_centering_with_a_large_tau_equals_uniform() -> None:

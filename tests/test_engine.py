@@ -212,10 +212,10 @@ def test_a_training_run_does_not_depend_on_execution(config: CRDConfig, tmp_path
     )
     wanted = CRDTrainer(args=config).update()
     # Next to `old` the correlation is that of small differences, and rounding is large in it.
-    correlation = wanted.pop("reward_correlation")
+    correlation = wanted.pop("implicit_reward_correlation")
     for change in changes:
         got = CRDTrainer(args=replace(config, **change)).update()
-        assert got.pop("reward_correlation") == pytest.approx(correlation, abs=1e-3), change
+        assert got.pop("implicit_reward_correlation") == pytest.approx(correlation, abs=1e-3), change
         assert got == pytest.approx(wanted, rel=2e-3, abs=1e-5), change
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crd.errors import CRDError
-from crd.flow import draw_timesteps, interpolate, velocity_target, x0_from_velocity
+from crd.flow import TIMESTEP_MODES, draw_timesteps, interpolate, velocity_target, x0_from_velocity
 
 GRID = torch.linspace(1, 0, 11, dtype=torch.float64)  # a 10-step rollout
 
@@ -87,6 +87,15 @@ def test_fraction_keeps_the_noisiest_steps(steps: int, fraction: float, kept: in
     torch.testing.assert_close(t[:, 0].sort(descending=True).values, grid[:kept])
 
 
+def test_independent_grid_draws_reach_every_step_and_may_repeat() -> None:
+    t = draw_timesteps("rollout_grid_independent", GRID, units=5000, draws=2, fraction=0.99, generator=generator())
+    values, counts = t.unique(return_counts=True)
+    assert torch.equal(values, GRID[:-1].float().flip(0))
+    # Of 10,000 draws of 10 points 1000 each, deviation 30; of 5000 pairs a tenth alike, deviation 21.
+    assert bool(((counts - 1000).abs() < 150).all())
+    assert abs(int((t[0] == t[1]).sum()) - 500) < 100
+
+
 def test_uniform_fills_the_noisy_range() -> None:
     t = draw_timesteps("uniform", GRID, units=4000, draws=2, fraction=0.5, generator=generator())
     assert t.min() >= 0.5
@@ -103,7 +112,7 @@ def test_stratified_has_one_draw_in_each_stratum_in_random_order() -> None:
     assert bool((torch.stack([torch.bincount(row, minlength=4) for row in stratum]) > 50).all())
 
 
-@pytest.mark.parametrize("mode", ["rollout_grid", "uniform", "stratified"])
+@pytest.mark.parametrize("mode", TIMESTEP_MODES)
 def test_the_seed_decides(mode: str) -> None:
     def once(seed: int) -> torch.Tensor:
         return draw_timesteps(mode, GRID, units=3, draws=4, fraction=0.99, generator=generator(seed))
@@ -116,7 +125,7 @@ def test_bad_input_is_told() -> None:
     def call(mode: str = "uniform", sigmas: torch.Tensor = GRID, units: int = 2, fraction: float = 0.99) -> None:
         draw_timesteps(mode, sigmas, units=units, draws=2, fraction=fraction, generator=generator())
 
-    with pytest.raises(CRDError, match="rollout_grid, uniform, stratified"):
+    with pytest.raises(CRDError, match="rollout_grid, rollout_grid_independent, uniform, stratified"):
         call(mode="grid")
     for fraction in (0.0, 1.5):
         with pytest.raises(CRDError, match="fraction must lie"):

@@ -433,9 +433,9 @@ def test_loading_failures_are_one_line(detector_folders: dict[str, Path], tmp_pa
 
 def test_without_scipy_the_extra_is_named(detector_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crd.geneval.detectors.loading.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CRDError, match=r'Mask2Former needs scipy; pip install "crd\[geneval\]"'):
+    with pytest.raises(CRDError, match=r'Mask2Former needs scipy; pip install -e "\.\[geneval\]"'):
         Mask2FormerDetector(detector_folders["mask2former"])
-    with pytest.raises(CRDError, match=r'OWLv2 needs scipy; pip install "crd\[geneval\]"'):
+    with pytest.raises(CRDError, match=r'OWLv2 needs scipy; pip install -e "\.\[geneval\]"'):
         OpenVocabularyDetector(detector_folders["owlv2"], CLASSES)
 
 

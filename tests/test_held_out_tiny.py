@@ -53,7 +53,7 @@ from crd.tiny.vocabulary import prompts as word_prompts
 
 needs_easyocr = pytest.mark.skipif(
     importlib.util.find_spec("torchfree_ocr") is None,
-    reason='EasyOCR\'s models are not installed: pip install "crd[held-out]"',
+    reason='EasyOCR\'s models are not installed: pip install -e ".[held-out]"',
 )
 PROMPTS = [*word_prompts("test", 24), *(metadata.prompt for metadata in scene_prompts("test", 24))]
 
@@ -127,7 +127,7 @@ def test_easyocr_options_out_of_range_are_refused() -> None:
 def test_missing_easyocr_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchfree_ocr" else find(name))
-    with pytest.raises(CRDError, match=r'ocr-easyocr needs torchfree_ocr; pip install "crd\[held-out\]"'):
+    with pytest.raises(CRDError, match=r'ocr-easyocr needs torchfree_ocr; pip install -e "\.\[held-out\]"'):
         EasyOCRScore()
 
 

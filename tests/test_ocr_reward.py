@@ -208,7 +208,7 @@ def test_a_failing_recogniser_is_an_error_never_a_zero(monkeypatch: pytest.Monke
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rapidocr" else found(name))
-    with pytest.raises(CRDError, match=r'the ocr reward needs rapidocr; pip install "crd\[ocr\]"'):
+    with pytest.raises(CRDError, match=r'the ocr reward needs rapidocr; pip install -e "\.\[ocr\]"'):
         RewardSet(["ocr"])
 
 

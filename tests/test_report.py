@@ -322,8 +322,8 @@ def test_numbers_in_words() -> None:
     assert (signed(0.5), signed(-0.5), duration(41.2), duration(582), duration(8000)) == (
         "+0.500", "\u22120.500", "41 s", "9 min 42 s", "2 h 13 min"
     )  # fmt: skip
-    assert (title("held_out_clipscore"), title("reward_correlation"), title("stat_edge_density")) == (
-        "Held out: clipscore", "Reward correlation", "Edge density"
+    assert (title("held_out_clipscore"), title("implicit_reward_correlation"), title("stat_edge_density")) == (
+        "Held out: clipscore", "Implicit reward correlation", "Edge density"
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from reward_functions import brightness
 from safetensors.torch import load
 from subprocesses import IMPORTED_FROM
 
+import crd.engine
 from crd.checkpoint import CheckpointFolder
 from crd.cli import main
 from crd.config import CRDConfig
@@ -26,6 +27,7 @@ from crd.config_io import load_config
 from crd.errors import CRDError
 from crd.run_folder import CONFIG_FILE, RunFolder
 from crd.trainer import CRDTrainer
+from crd.watch import Verdict
 
 ROLES = ("policy", "old", "sampler", "optimizer")
 
@@ -262,6 +264,40 @@ def test_a_reward_that_fails_late_loses_no_update(config: CRDConfig, tmp_path: P
     assert_same_run(tmp_path / "fragile", tmp_path / "straight", 4)
 
 
+@pytest.mark.parametrize("failing", [3, 6])
+def test_an_evaluation_that_failed_is_made_up(failing: int, config: CRDConfig, tmp_path: Path) -> None:
+    """In the middle and at the end, where the run would be finished without it."""
+    six = replace(config, updates=6, eval_every=3, output_dir=str(tmp_path / "failed"))
+    trainer = CRDTrainer(args=six)
+    assert trainer.watch is not None
+    evaluate = trainer.watch.evaluate
+
+    def fail(update: int, **options: Any) -> Verdict:
+        if update == failing:
+            raise CRDError("the judge is down")
+        return evaluate(update, **options)
+
+    trainer.watch.evaluate = fail  # type: ignore[method-assign]
+    with pytest.raises(CRDError, match="the judge is down"):
+        trainer.train()
+    assert CheckpointFolder.of_run(tmp_path / "failed").updates()[-1] == failing
+    summary = CRDTrainer(args=six).train(resume=True)
+    straight = CRDTrainer(args=replace(six, output_dir=str(tmp_path / "straight"))).train()
+    assert_same_run(tmp_path / "failed", tmp_path / "straight", 6)
+    assert {**summary, "seconds": 0} == {**straight, "seconds": 0}
+
+
+def test_the_summary_of_a_run_that_goes_on_is_gone(config: CRDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    CRDTrainer(args=config).train()
+    summary = Path(config.output_dir) / "summary.json"
+    assert summary.is_file()
+    further = CRDTrainer(args=replace(config, updates=3))
+    monkeypatch.setattr(further, "update", lambda: (_ for _ in ()).throw(CRDError("interrupted")))
+    with pytest.raises(CRDError, match="interrupted"):
+        further.train(resume=True)
+    assert not summary.exists()
+
+
 def test_other_prompts_under_the_same_name_are_another_run(config: CRDConfig, tmp_path: Path) -> None:
     prompts = tmp_path / "mine.txt"
     prompts.write_text("a cat\na dog\n")
@@ -273,6 +309,32 @@ def test_other_prompts_under_the_same_name_are_another_run(config: CRDConfig, tm
     assert load_config(Path(config.output_dir) / "config.yaml").updates == 1
     prompts.write_text("a cat\na dog\n")
     CRDTrainer(args=replace(once, updates=2)).train(resume=True)
+
+
+def test_other_columns_of_the_same_prompts_are_another_run(config: CRDConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.jsonl"
+    lines = [{"prompt": "a cat", "scale": 1.0}, {"prompt": "a dog", "scale": 2.0}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    once = replace(config, updates=1, eval_prompts=None, prompts=str(prompts))
+    CRDTrainer(args=once).train()
+    prompts.write_text("".join(json.dumps({**line, "scale": 3.0}) + "\n" for line in lines))
+    with pytest.raises(CRDError, match="columns of the training prompts are not those of the run"):
+        CRDTrainer(args=replace(once, updates=2)).train(resume=True)
+
+
+def test_what_auto_precision_came_to_is_recorded(config: CRDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crd.engine, "_fast_bf16", lambda cpu: False)  # a process has one precision
+    auto = replace(config, mixed_precision="auto")
+    CRDTrainer(args=replace(auto, updates=1)).train()
+    assert load_config(Path(config.output_dir) / CONFIG_FILE).mixed_precision == "no"
+    # "auto" is no other run than what it came to, and runs from before it was recorded say "auto".
+    CRDTrainer(args=replace(auto, updates=2)).train(resume=True)
+    RunFolder(Path(config.output_dir)).record(auto)
+    CRDTrainer(args=replace(auto, updates=3)).train(resume=True)
+    bf16 = (Path(config.output_dir) / CONFIG_FILE).read_text().replace("mixed_precision: 'no'", "mixed_precision: bf16")
+    (Path(config.output_dir) / CONFIG_FILE).write_text(bf16)
+    with pytest.raises(CRDError, match="mixed_precision cannot change in a resumed run: it was 'bf16', got 'no'"):
+        CRDTrainer(args=replace(auto, updates=4)).train(resume=True)
 
 
 def test_seconds_count_evaluations_and_all_resumes(config: CRDConfig) -> None:

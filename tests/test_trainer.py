@@ -52,6 +52,7 @@ def test_any_number_of_prompts_images_and_steps(config: CRDConfig, prompts: int,
         micro_batch=4,
         rollout_batch=4,
         residual="leave_one_out",
+        timesteps="rollout_grid_independent",
     )
     weights, (first, second) = policy_after(geometry)
     assert (first["images"], second["images"]) == (prompts * images, 2 * prompts * images)
@@ -93,7 +94,8 @@ def unchanged(strong_controls: CRDConfig) -> tuple[dict[str, torch.Tensor], list
         {"kl_gate": "constant"},
         {"old_start": 0.9},
         {"sampler_start": 0.0},
-        {"residual": "leave_one_out"},
+        {"residual": "leave_one_out", "timesteps": "uniform"},
+        {"timesteps": "rollout_grid_independent"},
         {"centering": "tempered"},
         {"centering_prompts": 0},
         {"form": "cross_entropy"},

@@ -646,5 +646,5 @@ def test_files_that_hold_no_settings(tmp_path: Path) -> None:
 
 def test_without_openai_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(CRDError, match=r'needs the openai package; pip install "crd\[vlm\]"'):
+    with pytest.raises(CRDError, match=r'needs the openai package; pip install -e "\.\[vlm\]"'):
         VLMJudge()

@@ -240,6 +240,11 @@ def test_lost_pictures_are_told_as_such(hacking: CRDConfig, watched: Path, tmp_p
     with pytest.raises(CRDError, match=r"update-000000.webp, whose pictures .*, is missing; restore it, or go on with"):
         trainer.train(resume=True)
     assert CheckpointFolder(run / "checkpoints", keep=9).updates()[-1] == 6
+    # Restored, the evaluation is made up: its numbers had been kept, and were told nowhere.
+    shutil.copy(watched / "evaluations" / "update-000000.webp", run / "evaluations")
+    summary = CRDTrainer(args=replace(hacking, updates=6, output_dir=str(run))).train(resume=True)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["update"], last["reward"]) == ("eval", 6, summary["reward_after"])
 
 
 def test_settings_of_the_alarm_are_checked(hacking: CRDConfig) -> None:

@@ -39,6 +39,7 @@ from crd.run_folder import CONFIG_FILE, RunFolder
 from crd.run_parts import load_judged
 from crd.snapshots import ANCHOR
 from crd.trainer import CRDTrainer
+from crd.unread_settings import tell_unread_settings
 
 transformers_logging.disable_progress_bar()
 diffusers_logging.disable_progress_bar()
@@ -66,6 +67,7 @@ def dry_run(source: str | None, overrides: Mapping[str, str]) -> None:
     """`crd train --dry-run`: settings, prompts, rewards and the plan; no weights, no run folder."""
     config = load_config(source, overrides)
     RunFolder(Path(config.output_dir)).check_free()
+    tell_unread_settings(config)
     judged = load_judged(config)
     console.print(plan_table(plan_run(config, available=gpu_memory(config) if config.automatic else None)))
     evaluated = 0 if judged.eval_data is None else len(judged.eval_data)

@@ -12,7 +12,7 @@ import yaml
 from crd.advantages import KL_GATES, NORMALIZATIONS
 from crd.alarm import ACTIONS
 from crd.errors import CRDError
-from crd.flow import EULER, SOLVERS, TIMESTEP_MODES
+from crd.flow import EULER, INDEPENDENT, SOLVERS, TIMESTEP_MODES
 from crd.objectives import objective_config
 from crd.objectives.base import TRAJECTORY
 from crd.objectives.kl import ObjectiveConfig
@@ -66,7 +66,7 @@ class CRDConfig:
     width: int | None = None
 
     # Training draws: every image is noised `draws` times in its optimizer step.
-    draws: int = 10
+    draws: int = 9
     timesteps: str = "rollout_grid"
     timestep_fraction: float = 0.99
     share_timesteps: bool = True  # one t per group and draw, independent noise
@@ -214,6 +214,9 @@ class CRDConfig:
             raise CRDError(f"best_of={self.best_of} keeps every image of group_size={self.group_size}; lower it")
         if self.residual == "leave_one_out" and self.draws < 2:
             raise CRDError("residual=leave_one_out needs draws of 2 or more, got 1; raise draws")
+        if self.residual == "leave_one_out" and self.timesteps not in INDEPENDENT:
+            raise CRDError(f"residual=leave_one_out needs draws that are independent of each other, got timesteps="
+                           f"{self.timesteps}; set timesteps to {' or '.join(INDEPENDENT)}")  # fmt: skip
         if self.share_noise and not self.share_timesteps:
             raise CRDError("share_noise=true needs share_timesteps=true (the noise of a group goes with its t), got "
                            "false; set it, or leave share_noise out")  # fmt: skip

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from crd.errors import CRDError
 
-TIMESTEP_MODES = ("rollout_grid", "uniform", "stratified")
+INDEPENDENT = ("rollout_grid_independent", "uniform")  # draws of an image say nothing of each other
+TIMESTEP_MODES = ("rollout_grid", *INDEPENDENT, "stratified")
 EULER, DPM = "euler", "dpmsolver++"
 SOLVERS = (EULER, DPM)  # of the ODE dx/dt = v(x, t)
 
@@ -115,19 +116,19 @@ def draw_timesteps(
     """Draw M times for each unit (a group that shares its t, or an image with its own).
 
     "The noisiest `fraction`" is read as t >= 1 - fraction (our reading). At 0.99 this drops the step that stock
-    grids end with at t = 0.001, where x_t is the picture itself and the noise cannot be told from it, and
-    keeps every step that draws something.
+    grids of 10 steps end with, at t = 0.001, or 0.009 with the shift 3 of SD3.5, where x_t is the picture itself and
+    the noise cannot be told from it, and keeps every step that draws something.
 
-        rollout_grid: kept grid points, without replacement; with more draws than points, every point
-                      comes up before any comes up again
-        uniform:      t ~ U(1 - fraction, first grid point), independent draws
-        stratified:   one draw in each of M equal strata of that range, strata in random order
+        rollout_grid:             kept grid points, without replacement; with more draws than points, every
+                                  point comes up before any comes up again
+        rollout_grid_independent: kept grid points, each draw by itself
+        uniform:                  t ~ U(1 - fraction, first grid point), independent draws
+        stratified:               one draw in each of M equal strata of that range, strata in random order
 
-    Only `uniform` draws are independent of each other; see `crd.objectives.crd` for what that means for
-    the leave-one-out residual.
+    The leave-one-out residual needs independent draws; `crd.objectives.crd` says why.
 
     Args:
-        mode: one of the three above.
+        mode: one of the four above.
         sigmas: (S+1,) noise levels of an S-step rollout, decreasing in [0, 1], the last one 0.
         units: number of units U.
         draws: number of draws M.
@@ -152,6 +153,8 @@ def draw_timesteps(
         return grid[torch.cat(orders, dim=1)[:, :draws]].T.contiguous().float()
     if mode not in TIMESTEP_MODES:
         raise CRDError(f"timestep mode must be one of {', '.join(TIMESTEP_MODES)}, got {mode!r}; choose one of them")
+    if mode == "rollout_grid_independent":
+        return grid[torch.randint(len(grid), (draws, units), generator=generator, device=generator.device)].float()
     # float64, so that a draw next to the end of its stratum does not round into the following one.
     position = torch.rand(draws, units, generator=generator, device=generator.device, dtype=torch.float64)
     if mode == "stratified":

@@ -58,12 +58,17 @@ class RunBooks:
         def tidy() -> None:
             self.checkpoints.forget_after(update, eligible)
             self.folder.record(self.recorded)
+            self.folder.forget_summary()
 
         self.ranks.on_main(tidy)
         with self.ranks.together():
             best = self.checkpoints.best()
         self.best = None if best is None else best[1]
         self._saved = update
+
+    def has_evaluation(self, update: int) -> bool:
+        """Whether metrics tell of an evaluation after `update`; not inside of `open`."""
+        return any(record["update"] == update for record in read_metrics(self.folder.path, "eval"))
 
     @contextmanager
     def open(self, resume_from: int | None) -> Iterator[None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from crd.atomic import replace_file
-from crd.config import RESUMABLE, CRDConfig
+from crd.config import AUTO, RESUMABLE, CRDConfig
 from crd.config_io import load_config
 from crd.console import console
 from crd.errors import CRDError
@@ -124,7 +124,7 @@ class RunFolder:
         recorded = load_config(self.path / CONFIG_FILE)
         for name, value in dataclasses.asdict(recorded).items():
             now = config.__dict__[name]
-            if now != value and name not in RESUMABLE | {"output_dir"}:
+            if now != value and value != AUTO and name not in RESUMABLE | {"output_dir"}:
                 raise CRDError(f"{name} cannot change in a resumed run: it was {value!r}, got {now!r}; set it back")
 
     def record(self, config: CRDConfig) -> None:
@@ -135,6 +135,15 @@ class RunFolder:
         """
         with self._told_if_full():
             self._write(CONFIG_FILE, config.to_yaml())
+
+    def forget_summary(self) -> None:
+        """Delete the summary of a run that goes on.
+
+        Raises:
+            CRDError: it cannot be deleted.
+        """
+        with self._told_if_full():
+            (self.path / SUMMARY_FILE).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete what `create` and a start that came to nothing have left."""

@@ -20,7 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
 
 # Of an update's metrics, those a person watches in the terminal; objectives need not have them all.
-_SHOWN = ("reward", "implicit_reward_std", "reward_correlation", "kl", "gradient_norm")
+_SHOWN = ("reward", "implicit_reward_std", "implicit_reward_correlation", "kl", "gradient_norm")
 
 
 class Tracker:
@@ -29,7 +29,7 @@ class Tracker:
     Args:
         folder: of the run.
         tensorboard: event files go to `folder/tensorboard`.
-        wandb: log to Weights & Biases (extra `crd[wandb]`); a resumed run goes on in the same one there.
+        wandb: log to Weights & Biases (extra `wandb`); a resumed run goes on in the same one there.
         config: shown by Weights & Biases.
         resume_from: records of later updates are dropped (an interrupted run wrote them after its checkpoint).
     """
@@ -134,7 +134,7 @@ def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise CRDError('wandb=true needs Weights & Biases; pip install "crd[wandb]"') from error
+        raise CRDError('wandb=true needs Weights & Biases; pip install -e ".[wandb]"') from error
     return wandb.init(project="crd", dir=str(folder), config=dict(config), id=_wandb_id(folder), resume="allow")
 
 

@@ -32,6 +32,7 @@ from crd.shares import Share
 from crd.snapshots import OLD, POLICY, SAMPLER
 from crd.tracker import print_evaluation, print_update
 from crd.training_state import Progress, pack, restore
+from crd.unread_settings import tell_unread_settings
 from crd.update_plan import UpdatePlan, plan_update
 from crd.watch import Verdict, Watch
 
@@ -67,8 +68,10 @@ class CRDTrainer:
         self.engine = Engine(config.mixed_precision, config.device, config.peer_timeout)
         self.ranks = self.engine.ranks
         console.quiet = not self.ranks.is_main
+        tell_unread_settings(config)
         self.micro_batch, self.rollout_batch = batch_sizes(config, model, self.engine)
-        config = replace(config, micro_batch=self.micro_batch.rows, rollout_batch=self.rollout_batch.rows)
+        config = replace(config, micro_batch=self.micro_batch.rows, rollout_batch=self.rollout_batch.rows,
+                         mixed_precision=self.engine.mixed_precision)  # fmt: skip
         self.args = config
         recorded = recorded_config(config, model, reward_funcs, train_dataset, eval_dataset)
         self.books = RunBooks(config, recorded, self.ranks)
@@ -128,15 +131,16 @@ class CRDTrainer:
         """
         with self.ranks.together():
             self.judged.check_scorers(self.ranks)
+            missed = False  # the evaluation that is due at the checkpoint
             if resume is False:
                 self.books.create()
             else:
-                self._go_back(resume)
+                missed = self._go_back(resume)
             try:
                 if self.args.cache_prompts:
                     model, folder = self.books.recorded.model, self.books.folder.path
                     cache_prompts(self.backbone, self.engine, self.args, model, folder, self.train_data, self.eval_data)
-                self._run(None if resume is False else self.progress.updates_done or BEFORE_ALL)
+                self._run(None if resume is False else self.progress.updates_done or BEFORE_ALL, missed)
                 # The base model at each CFG scale asked for, on the same prompts and noise.
                 watch, scales = self.watch, self.args.eval_base_guidance
                 base = {} if watch is None else {scale: watch.base(scale).metrics() for scale in scales}
@@ -148,8 +152,12 @@ class CRDTrainer:
                     self.books.remove()
                 raise
 
-    def _go_back(self, resume: bool | int) -> None:
-        """To the checkpoint to go on from; only once it is loaded, what came after it is forgotten."""
+    def _go_back(self, resume: bool | int) -> bool:
+        """To the checkpoint to go on from; only once it is loaded, what came after it is forgotten.
+
+        Returns:
+            Whether the evaluation that is due there is not on record: a judge was down, and the updates were saved.
+        """
         books = self.books
         books.reopen()
         with self.ranks.together():
@@ -157,25 +165,29 @@ class CRDTrainer:
                 console.print("no checkpoint yet: the run starts over")
             else:
                 self._restore(checkpoint_number(books.checkpoints, "last" if resume is True else str(resume)))
+            done = self.progress.updates_done
+            due = self.watch is not None and done > 0 and self._evaluation_is_due()
+            missed = due and not books.has_evaluation(done)
         if self.watch is not None:
-            self.watch.go_back(self.progress.updates_done or BEFORE_ALL)
+            self.watch.go_back(done - 1 if missed else done or BEFORE_ALL)
         eligible = {} if self.watch is None else self.watch.eligible()
-        books.go_on_from(self.progress.updates_done, eligible)
+        books.go_on_from(done, eligible)
+        return missed
 
     def _restore(self, number: int) -> None:
         if self.args.updates < number:
             raise CRDError(f"updates={self.args.updates} is below the {number} that are done; raise it")
         checkpoint = self.books.checkpoints.load(number)
-        self.progress = restore(checkpoint, self.snapshots, self.optimizer, self.train_data.prompts)
+        self.progress = restore(checkpoint, self.snapshots, self.optimizer, self.train_data)
         self._set_kl(self.progress.kl_scale)
 
-    def _run(self, resume_from: int | None) -> None:
-        """Evaluation before, then updates with their logging, evaluation and checkpoints."""
+    def _run(self, resume_from: int | None, missed: bool) -> None:
+        """Evaluation before, or the one that was `missed`; then updates with their logging, evaluation, checkpoints."""
         config = self.args
         with self.books.open(resume_from):
             if self.progress.updates_done == 0:
                 self._log_evaluation()
-            going = True
+            going = self._evaluate_and_save() if missed else True
             while going and self.progress.updates_done < config.updates:
                 started = time.perf_counter()
                 metrics = self._update_or_save()
@@ -314,7 +326,7 @@ class CRDTrainer:
         config, done = self.args, self.progress.updates_done
         final = done == config.updates
         verdict: Verdict | None = None
-        if final or (config.eval_every and done % config.eval_every == 0):
+        if self._evaluation_is_due():
             try:
                 verdict = self._log_evaluation()
             except CRDError as error:
@@ -339,6 +351,10 @@ class CRDTrainer:
             return False
         return True
 
+    def _evaluation_is_due(self) -> bool:
+        every, done = self.args.eval_every, self.progress.updates_done
+        return done == self.args.updates or (every > 0 and done % every == 0)
+
     def _set_kl(self, scale: float) -> None:
         self.objective = self.args.objective_config().with_kl_times(scale).build()
 
@@ -362,6 +378,6 @@ class CRDTrainer:
     def _save(self) -> None:
         self.books.save(
             self.progress,
-            lambda: pack(self.snapshots, self.optimizer, self.progress, self.train_data.prompts),
+            lambda: pack(self.snapshots, self.optimizer, self.progress, self.train_data),
             sharded=self.engine.sharded,
         )

@@ -198,12 +198,12 @@ def _models_folder() -> Path:
     """Where torchfree-ocr keeps its models; found without importing the package, which changes the environment."""
     for library in ("torchfree_ocr", "onnxruntime", "cv2"):
         if importlib.util.find_spec(library) is None:
-            raise CRDError(f'ocr-easyocr needs {library}; pip install "crd[held-out]"')
+            raise CRDError(f'ocr-easyocr needs {library}; pip install -e ".[held-out]"')
     spec = importlib.util.find_spec("torchfree_ocr")
     assert spec is not None
     assert spec.origin is not None
     folder = Path(spec.origin).parent / "onnx"
     for name in (DETECTOR, RECOGNISER):
         if not (folder / name).is_file():
-            raise CRDError(f'ocr-easyocr needs {name}, not in {folder}; pip install "crd[held-out]" again')
+            raise CRDError(f'ocr-easyocr needs {name}, not in {folder}; pip install -e ".[held-out]" again')
     return folder

@@ -226,7 +226,7 @@ def _import_openai() -> type[OpenAI]:
         # openai loads these at their first use; here, once, rather than in several threads.
         import openai.resources.chat
     except ImportError as error:
-        raise CRDError('the VLM judge needs the openai package; pip install "crd[vlm]"') from error
+        raise CRDError('the VLM judge needs the openai package; pip install -e ".[vlm]"') from error
     return openai.OpenAI
 
 

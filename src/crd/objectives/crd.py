@@ -9,9 +9,10 @@ those prompts, or log Z itself. The public implementation centers what shares a 
 The residual. A single draw R̂ of the log-ratio, squared, has the expectation (β E R̂ - A)² + β² Var R̂, and
 Var R̂ grows with the ratio, so `per_draw` (published) is pulled towards `old`. `leave_one_out` (ours)
 multiplies the residual of draw m by that of the image's other draws: with draws that are independent given
-the images it is an unbiased estimate of (β E R̂ - A)². Draws without replacement from S grid points, or from
-M strata, are slightly dependent: the estimate is then low by the variance over grid points (strata) of the
-mean of β R̂_c at each, divided by S - 1 (M - 1).
+the images it is an unbiased estimate of (β E R̂ - A)². Two draws without replacement from S grid points, or from
+M strata, are not: the expectation is then less than that by Var / (S - 1) (M - 1), with Var the variance over grid
+points (strata) of the mean of β R̂_c at each. A network can make it as large as it likes at a fixed mean over t, so
+that loss has no minimum; `CRDConfig` refuses it.
 
 The zero of the loss. p* is one, and the only one within a family of densities. A velocity network is freer:
 the loss fixes R, a function of x0, and many velocities in (x_t, t) have that R without belonging to a density
@@ -254,6 +255,6 @@ def _policy_metrics(policy: Tensor, reward: Tensor, x: Tensor, a: Tensor, has_si
         "implicit_reward_mean": reward.mean().item(),
         "implicit_reward_std": reward.std(correction=0).item(),
         "residual_rms": (x - a).square().mean().sqrt().item() if len(x) else 0.0,
-        "reward_correlation": ((x * a).sum() / norm).item() if norm > 0 else 0.0,
+        "implicit_reward_correlation": ((x * a).sum() / norm).item() if norm > 0 else 0.0,
         "signal_fraction": has_signal.double().mean().item(),
     }

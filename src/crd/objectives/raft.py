@@ -67,7 +67,7 @@ class RAFT:
             rows: the same N rows, complete groups.
 
         Returns:
-            `LossOutput`; `reward_best` is the mean reward of the images that are trained on, 0 where there are none.
+            `LossOutput`; `kept_reward` is the mean reward of the images that are trained on, 0 where there are none.
 
         Raises:
             CRDError: "kl" is missing while kl_max > 0.
@@ -79,7 +79,7 @@ class RAFT:
         policy = (terms["error"] * trained).sum() / best.sum()
         metrics = {
             "loss_policy": policy.item(),
-            "reward_best": rows.reward[trained].double().mean().item() if bool(trained.any()) else 0.0,
+            "kept_reward": rows.reward[trained].double().mean().item() if bool(trained.any()) else 0.0,
             "signal_fraction": rows.has_signal.double().mean().item(),
         }
         return with_kl(policy, metrics, terms, rows, self.config)

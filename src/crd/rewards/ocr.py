@@ -168,7 +168,7 @@ class OCRReward(QuotedTextScore):
                 raise CRDError(f"ocr: {name} must be positive, got {value}; leave it out for the default")
         for library in ("rapidocr", "onnxruntime"):
             if importlib.util.find_spec(library) is None:
-                raise CRDError(f'the ocr reward needs {library}; pip install "crd[ocr]"')
+                raise CRDError(f'the ocr reward needs {library}; pip install -e ".[ocr]"')
         self.detect, self.stretch, self.upscale_to = detect, stretch, upscale_to
         self.detector_side, self.batch_size, self.threads = detector_side, batch_size, threads
         self._engine: RapidOCR | None = None
@@ -228,7 +228,7 @@ class OCRReward(QuotedTextScore):
         folder = Path(rapidocr.__file__).parent / "models"
         for name in (RECOGNISER, DETECTOR):
             if not (folder / name).is_file():
-                raise CRDError(f'the ocr reward needs {name}, not in {folder}; pip install "crd[ocr]" again')
+                raise CRDError(f'the ocr reward needs {name}, not in {folder}; pip install -e ".[ocr]" again')
         return rapidocr.RapidOCR(
             params={
                 "Global.log_level": "critical",

@@ -22,7 +22,7 @@ try:
 
     from crd.serving.app import build_app
 except ImportError as error:
-    raise CRDError('crd serve-reward needs FastAPI and uvicorn; pip install "crd[serve]"') from error
+    raise CRDError('crd serve-reward needs FastAPI and uvicorn; pip install -e ".[serve]"') from error
 
 
 def serve_reward(args: argparse.Namespace) -> None:

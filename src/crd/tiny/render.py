@@ -106,7 +106,7 @@ def font_path(index: int) -> Path:
     package, file = FONTS[index]
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise CRDError(f'the renderer needs the font package {package!r}; pip install "crd[pretrain]"')
+        raise CRDError(f'the renderer needs the font package {package!r}; pip install -e ".[pretrain]"')
     return Path(spec.submodule_search_locations[0]) / file
 
 

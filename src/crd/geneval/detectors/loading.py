@@ -31,7 +31,7 @@ def dtype_named(name: str) -> torch.dtype:
 def require_scipy(what: str) -> None:
     """Raise `CRDError` without scipy, which transformers imports for some models."""
     if importlib.util.find_spec("scipy") is None:
-        raise CRDError(f'{what} needs scipy; pip install "crd[geneval]"')
+        raise CRDError(f'{what} needs scipy; pip install -e ".[geneval]"')
 
 
 def check_model_type(model: str | Path, expected: tuple[str, ...], what: str) -> str:
