@@ -26,7 +26,7 @@ fresh = out=runs/$(1); n=2; while [ -e "$$out" ]; do out=runs/$(1)-$$n; n=$$((n+
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo train-ocr train-geneval results-quick results pretrain test test-slow lint format bench clean
+.PHONY: help setup demo train-ocr train-geneval results-quick results pretrain test test-slow lint format bench-scripts clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,8 +67,8 @@ format: $(VENV)/.dev ## let ruff mend and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## run every script of benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench-scripts: $(VENV)/.dev ## measure single parts: every script of benchmarks/; not `crd bench`
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean: ## remove .venv, caches and build output; runs/ and pretrain/ stay
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Speed and memory of one process's rollouts and updates, with a transformer of random weights in a real trainer.
 
     python benchmarks/transformer_speed.py --model stabilityai/stable-diffusion-3.5-medium --pixels 512 --rank 32 \
-        --batch 16 --micro-batch 4 8 16 32
+        --batch 16 --micro-batch 4 8 16
 
 The model is built from its configuration; nothing is downloaded. Text conditioning is random, of the greatest length.
 There are no text encoders, no decoding and no rewards. docs/performance.md says what the columns are.

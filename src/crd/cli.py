@@ -264,7 +264,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rewards", nargs="+", metavar="REWARD", help="as in `rewards` of a configuration")
     parser.add_argument("--host", default="127.0.0.1", help="another than this machine's loopback needs a token")
-    parser.add_argument("--port", type=_port, default=8000)
+    parser.add_argument("--port", type=_port, default=8000, help="(default 8000)")
     parser.add_argument("--token-file", metavar="FILE", help="holds the token (default: what CRD_REWARD_TOKEN holds)")
     parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
     for option, value, about in (
@@ -297,7 +297,7 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="model under a LoRA folder (default tiny-sd3), or under a run of a model object")
-    parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an update number")
+    parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an update number (default last)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 

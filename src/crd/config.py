@@ -38,8 +38,8 @@ RESUMABLE = frozenset({
 class CRDConfig:
     """Settings of one run.
 
-    Defaults are the published ones for SD3.5-Medium at 512 px (arXiv 2603.14128, OCR run). `docs/configuration.md`
-    explains each field; an unknown key in YAML or on the command line is an error.
+    Defaults are the published ones for SD3.5-Medium (arXiv 2603.14128, OCR run), but for its size of 512 px.
+    `docs/configuration.md` explains each field; an unknown key in YAML or on the command line is an error.
     """
 
     # What is trained, on what, for what.

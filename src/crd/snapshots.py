@@ -35,7 +35,7 @@ class Snapshots:
         CRDError: unknown mode, LoRA targets that match nothing, or a denoiser that already has adapters.
         ValueError: unknown role, or settings that do not fit the mode.
 
-    Source: method.md, "The three techniques that control drift", 1; adapters: Hu et al., arXiv 2106.09685.
+    Source: arXiv 2603.14128, sampler decoupled from the moving reference; adapters: Hu et al., arXiv 2106.09685.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Snapshots:
         Raises:
             ValueError: another role, or a decay outside [0, 1].
 
-        Source: method.md, "The three techniques that control drift", 1.
+        Source: arXiv 2603.14128, sampler decoupled from the moving reference.
         """
         self._check_role(role, self.roles)
         if not 0.0 <= decay <= 1.0:

@@ -28,8 +28,8 @@ class SD3Backbone(PipelineBackbone):
 
     name = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
-    # The projections adapted by the published SD3.5 runs (method.md). The second, image-only attention of
-    # SD3.5-Medium (`attn2`) is left alone there too: these suffixes do not match it.
+    # The projections adapted by the published SD3.5 runs (Flow-GRPO, arXiv 2505.05470). The second, image-only
+    # attention of SD3.5-Medium (`attn2`) is left alone there too: these suffixes do not match it.
     lora_targets = JOINT_ATTENTION
     repeated_blocks = ("JointTransformerBlock",)
     conditioning = ("encoder_hidden_states", "pooled_projections")

@@ -48,7 +48,7 @@ def quoted_text(prompt: str) -> str:
     Raises:
         CRDError: no pair of quotes, or nothing but spaces inside; names the prompt.
 
-    Source: method.md, "Rewards: exact definitions".
+    Source: the OCR reward of Flow-GRPO, arXiv 2505.05470.
     """
     parts = prompt.split('"', 2)
     if len(parts) < 3:
@@ -76,7 +76,7 @@ def ocr_score(target: str, recognised: str) -> float:
     Raises:
         ValueError: the target is empty.
 
-    Source: method.md, "Rewards: exact definitions" (the OCR reward of Flow-GRPO, arXiv 2505.05470).
+    Source: the OCR reward of Flow-GRPO, arXiv 2505.05470.
     """
     wanted = target.replace(" ", "").lower()
     found = recognised.replace(" ", "").lower()
