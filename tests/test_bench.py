@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from subprocesses import IMPORTED_FROM
 
 from crd.bench.runner import alone
@@ -24,6 +25,7 @@ from crd.cli import main
 from crd.config import CRDConfig
 from crd.errors import CRDError
 from crd.eval_record import read_record
+from crd.report.read_run import read_run
 
 UPDATES = 3
 
@@ -174,6 +176,24 @@ def test_other_settings_and_a_folder_in_use_are_refused(
             pass
     assert main(["bench", str(suite_file), "--output_dir", str(tmp_path / "none"), "--summary"]) == 2
     assert "has been evaluated yet" in capsys.readouterr().err
+
+
+def test_the_sample_sheet_shows_the_base_model_and_the_arms_at_their_end(out: Path) -> None:
+    """Rows: the base model without and with guidance, and the two arms that have finished."""
+    cell, row = 112, 112 + 14 + 4
+    with Image.open(out / "bright-arms-samples.png") as sheet:
+        assert sheet.height > 4 * row
+        for place, arm in enumerate(("plain", "strong")):
+            after = read_run(out / f"bright/{arm}/seed-0/run", arm).after
+            assert after is not None
+            assert after.update == UPDATES
+            assert after.sheet is not None
+            first, second = after.sheet.pictures([0, 2])  # two images of each prompt
+            for left, picture in ((130, first), (130 + cell + 4, second)):
+                top = sheet.height - (2 - place) * row
+                shown = sheet.crop((left, top, left + cell, top + cell))
+                assert shown.tobytes() == picture.resize((cell, cell), Image.Resampling.NEAREST).tobytes()
+    assert "![bright-arms-samples](bright-arms-samples.png)" in (out / "report.md").read_text()
 
 
 def test_a_summary_is_made_from_the_run_folders_alone(suite_file: Path, out: Path) -> None:

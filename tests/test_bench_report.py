@@ -132,14 +132,14 @@ def test_seconds_of_runs_that_waited_or_were_executed_otherwise_are_left_out(
     outcomes[5] = hacks
     found = compare_arms(outcomes, ARMS, "crd")
     assert found is not None
-    assert (found.seconds, found.untimed) == (20.0, ("crd/seed-0", "hacks/seed-1"))
+    assert (found.seconds, found.untimed) == (20.0, ("task/crd/seed-0", "task/hacks/seed-1"))
     assert found.mean("crd", "seconds").seeds == 2
     assert found.mean("crd", "reward").seeds == 3
     assert found.ratio("slow", "seconds").seeds == 2
     assert found.ratio("hacks", "seconds").seeds == 1
     assert found.difference("hacks", "reward_by_seconds").seeds == 1
     text = write_report(tmp_path, SUITE, outcomes, {}, {}).read_text()
-    assert text.split("Without seconds, ")[1].splitlines()[0].endswith(": crd/seed-0, hacks/seed-1.")
+    assert text.split("Without seconds, ")[1].splitlines()[0].endswith(": task/crd/seed-0, task/hacks/seed-1.")
     nothing = write_report(tmp_path, SUITE, [timed(one, waited_seconds=60.0) for one in outcomes], {}, {}).read_text()
     assert "of training |" not in nothing
     assert "| training, s | – | – | – |" in nothing

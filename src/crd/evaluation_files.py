@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ class Sheet:
     indices: tuple[int, ...]  # which images of the evaluation are pictured
     tile: int  # px
     columns: int
+
+    def pictures(self, chosen: Sequence[int]) -> list[Image.Image]:
+        """Some of the images in `indices`.
+
+        Raises:
+            CRDError: the file is lost or damaged.
+        """
+        try:
+            with Image.open(self.path) as file:
+                return [_crop(file, self.indices.index(index), self.tile, self.columns) for index in chosen]
+        except OSError as error:
+            raise CRDError(f"cannot read the pictures {self.path}: {error}; restore the file") from error
 
     def to_dict(self) -> dict[str, Any]:
         """As the JSON beside it says it; `parse_sheet` reads it back."""
@@ -129,9 +142,7 @@ class EvaluationFiles:
         path = self.folder / f"{UPDATE}{update:06d}.webp"
         try:
             with Image.open(path) as sheet:
-                side = sheet.width // COLUMNS
-                left, top = index % COLUMNS * side, index // COLUMNS * side
-                return sheet.crop((left, top, left + side, top + side)).convert("RGB")
+                return _crop(sheet, index, sheet.width // COLUMNS, COLUMNS)
         except OSError as error:
             why = f"is damaged ({error})" if path.is_file() else "is missing"
             raise CRDError(f"{path}, whose pictures the alarm shows beside later ones, {why}; restore it, or go on "
@@ -146,6 +157,11 @@ class EvaluationFiles:
         replace_file(sheet.path, lambda path: tiles.save(path, "WEBP", quality=90))
         text = json.dumps({"update": update, **result.record.to_dict(), "pictures": sheet.to_dict()}) + "\n"
         replace_file(self.folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _crop(sheet: Image.Image, place: int, side: int, columns: int) -> Image.Image:
+    left, top = place % columns * side, place // columns * side
+    return sheet.crop((left, top, left + side, top + side)).convert("RGB")
 
 
 def _update(path: Path) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 _PAD, _LABEL, _MARGIN = 4, 14, 130
+_LINES = 3  # of a column header at most
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,16 @@ def draw_grid(rows: Sequence[GridRow], header: Sequence[str], cell: int = 112) -
     columns = len(header)
     if not rows or any(len(row.images) != columns for row in rows):
         raise ValueError(f"every row must hold {columns} images, got {[len(row.images) for row in rows]}")
-    height = cell + _LABEL + _PAD
-    sheet = Image.new("RGB", (_MARGIN + columns * (cell + _PAD), _LABEL + _PAD + len(rows) * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for x, text in enumerate(header):
-        pen.text((_MARGIN + x * (cell + _PAD), 2), _fit(pen, text, cell, font), fill="black", font=font)
+    height, font = cell + _LABEL + _PAD, ImageFont.load_default(11)
+    heads = [_wrapped(ImageDraw.Draw(Image.new("RGB", (1, 1))), text, cell, font) for text in header]
+    head = _PAD + _LABEL * max(map(len, heads))
+    sheet = Image.new("RGB", (_MARGIN + columns * (cell + _PAD), head + len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, lines in enumerate(heads):
+        for line, text in enumerate(lines):
+            pen.text((_MARGIN + x * (cell + _PAD), 2 + _LABEL * line), text, fill="black", font=font)
     for y, row in enumerate(rows):
-        top = _LABEL + _PAD + y * height
+        top = head + y * height
         for line, part in enumerate(row.title.split("\n")):
             pen.text((4, top + cell / 2 - 12 + 13 * line), part, fill="black", font=font)
         for x, image in enumerate(row.images):
@@ -44,6 +48,20 @@ def draw_grid(rows: Sequence[GridRow], header: Sequence[str], cell: int = 112) -
             if row.captions is not None:
                 pen.text((left, top + cell), _fit(pen, row.captions[x], cell, font), fill="black", font=font)
     return sheet
+
+
+def _wrapped(
+    pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[str]:
+    """Lines of whole words, the last one cut off."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and pen.textlength(longer, font=font) > width and len(lines) < _LINES:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_fit(pen, line, width, font) for line in lines]
 
 
 def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

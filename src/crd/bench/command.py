@@ -11,6 +11,7 @@ from crd.bench.cells import FAILED, Attempt, CellFolder
 from crd.bench.checks import check_measured, check_runs
 from crd.bench.collect import collect, write_results
 from crd.bench.figures import draw_figures
+from crd.bench.pictures import draw_samples
 from crd.bench.runner import Job, Runner, alone
 from crd.bench.schedule import Planned, failures, outlook, plan_cells, schedule_table, to_do
 from crd.bench.suite import EXECUTION, Cell, Suite
@@ -78,7 +79,7 @@ def run_planned(
 
 
 def summarise(suite: Suite, out: Path) -> bool:
-    """results.jsonl, cells.jsonl, figures and report.md of all runs in `out`, from their folders alone.
+    """results.jsonl, cells.jsonl, figures, sample sheets and report.md of all runs in `out`, from their folders alone.
 
     Returns:
         Whether there is a run to tell of.
@@ -94,7 +95,9 @@ def summarise(suite: Suite, out: Path) -> bool:
     if not outcomes:
         return False
     write_results(out, outcomes)
-    figures = draw_figures(out, suite, outcomes)
+    figures, samples = draw_figures(out, suite, outcomes), draw_samples(out, suite, outcomes)
+    for task, paths in samples.items():
+        figures.setdefault(task, []).extend(paths)
     report = write_report(out, suite, outcomes, failures(planned), figures)
     _say(f"wrote {report}, {sum(map(len, figures.values()))} figures, results.jsonl and cells.jsonl")
     return True

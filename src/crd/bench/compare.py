@@ -105,7 +105,7 @@ def compare_arms(outcomes: Sequence[Outcome], arms: Sequence[str], reference: st
         if one not in timed:
             measured |= {REWARD_BY_SECONDS: math.nan, SECONDS: math.nan}
         found.setdefault(one.cell.arm, {})[one.cell.seed] = measured
-    untimed = tuple(f"{one.cell.arm}/seed-{one.cell.seed}" for one in done if one not in timed)
+    untimed = tuple(str(one.cell) for one in done if one not in timed)
     return Comparison(images, seconds, reference, scores, found, others, untimed)
 
 

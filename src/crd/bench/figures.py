@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,10 @@ def _arms_figure(task: str, group: str, runs: Mapping[str, Sequence[Outcome]], c
     figure, panels = _panels(3 + len(comparison.scores) + len(by_images))
     for place, (arm, found) in enumerate(runs.items()):
         line = _Line(arm, COLORS[place], _MARKERS[place], [one.curve for one in found])
+        timed = replace(line, curves=[one.curve for one in found if str(one.cell) not in comparison.untimed])
         line.draw(panels[0], "images", lambda curve: curve.images, "reward")
         line.draw(panels[1], "transformer evaluations, thousands", _thousands, "reward")
-        line.draw(panels[2], "minutes of training", lambda curve: curve.seconds / 60, "reward")
+        timed.draw(panels[2], "minutes of training", lambda curve: curve.seconds / 60, "reward")
         for panel, score in zip(panels[3:], comparison.scores, strict=False):
             line.draw(panel, "reward", lambda curve: curve.reward, score)
         for panel, name in zip(panels[3 + len(comparison.scores) :], by_images, strict=True):
@@ -79,11 +81,14 @@ def _thousands(curve: Curve) -> np.ndarray:
     return curve.transformer_evaluations / 1000
 
 
+@dataclass(frozen=True)
 class _Line:
     """One arm: a thin line for each seed, a thick one for their mean."""
 
-    def __init__(self, arm: str, color: str, marker: str, curves: Sequence[Curve]) -> None:
-        self.arm, self.color, self.marker, self.curves = arm, color, marker, curves
+    arm: str
+    color: str
+    marker: str
+    curves: Sequence[Curve]
 
     def draw(self, panel: Axes, x_name: str, x: Axis, name: str) -> None:
         """A value against x in one panel."""
