@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from crd.bench.cells import CellFolder
+from crd.bench.cells import Attempt, CellFolder
 from crd.bench.checks import check_runs, rows_per_update
 from crd.bench.suite import Cell
 from crd.bench.suite_file import parse_suite, read_suite, suites
@@ -271,3 +271,17 @@ def test_a_run_is_gone_on_with_as_the_harness_executes_it(tmp_path: Path) -> Non
     config = suite.config(folder.cell, folder.run, {"threads": 2, "compile": "regional"})
     folder.check_same(config)
     assert folder.command(config)[-4:] == ["--threads", "2", "--compile", "regional"]
+
+
+@pytest.mark.parametrize("unknown", [{}, {"commit": None, "waited_seconds": None}])
+def test_an_attempt_is_read_as_it_was_written(unknown: dict[str, None], tmp_path: Path) -> None:
+    attempt = Attempt(
+        began="2026-01-01T00:00:00+00:00", seconds=60.0, cpu_seconds=50.0, peak_bytes=2 * 10**9, status=-15,
+        stopped=True, threads=2, jobs=3, processor="a processor", cores=4, commit="abc+", compile="regional",
+        waited_seconds=7.5,
+    )  # fmt: skip
+    attempt = replace(attempt, **unknown)  # type: ignore[arg-type]
+    folder = CellFolder(tmp_path, Cell("ocr", "crd", 0))
+    folder.path.mkdir(parents=True)
+    folder.add(attempt)
+    assert folder.attempts() == [attempt]

@@ -25,7 +25,6 @@ from crd.json_files import JsonObject, read_object_lines
 from crd.loading import is_run
 from crd.run_folder import CONFIG_FILE, SUMMARY_FILE
 
-WAITING = 0.1  # of an attempt's time
 NEW, STARTED, FAILED, FINISHED = "new", "started", "failed", "finished"
 # What may differ between the suite and a run that it goes on with: where it lies, and how it is executed.
 _FREE = frozenset({"output_dir", *EXECUTION})
@@ -53,11 +52,6 @@ class Attempt:
     def conditions(self) -> tuple[str, int, int, int, str]:
         """What seconds depend on beside the run: two runs of other conditions do not compare."""
         return self.processor, self.cores, self.jobs, self.threads, self.compile
-
-    @property
-    def undisturbed(self) -> bool:
-        """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known."""
-        return self.waited_seconds is None or self.waited_seconds <= WAITING * self.seconds
 
 
 class CellFolder:
@@ -170,4 +164,5 @@ def _parse(line: JsonObject) -> Attempt:
         cores=line.integer("cores", 1),
         commit=line.text("commit") if line.has("commit") else None,
         compile=line.text("compile") if line.has("compile") else "no",
+        waited_seconds=line.real("waited_seconds") if line.has("waited_seconds") else None,
     )

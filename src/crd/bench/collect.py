@@ -22,6 +22,7 @@ from crd.report.read_run import Run, read_run
 from crd.tracker import METRICS_FILE
 
 RESULTS_FILE, CELLS_FILE = "results.jsonl", "cells.jsonl"
+WAITING = 0.1  # of the time of a run whose seconds are its own
 TRAINING = "train_"  # and a metric of training, its mean over the updates since the evaluation before
 _COUNTERS = frozenset({"images", "seconds", "optimizer_steps"})
 
@@ -50,8 +51,9 @@ class Outcome:
 
     @property
     def undisturbed(self) -> bool:
-        """Whether its seconds are its own."""
-        return all(one.undisturbed for one in self.attempts)
+        """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known."""
+        waited = sum(one.waited_seconds or 0.0 for one in self.attempts)
+        return waited <= WAITING * sum(one.seconds for one in self.attempts)
 
     @property
     def peak_bytes(self) -> float:

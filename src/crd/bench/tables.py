@@ -8,8 +8,7 @@ from pathlib import Path
 
 from crd.atomic import replace_file
 from crd.bench.analysis import LEAST_SEEDS, SHARE, Interval, ratio_over_seeds
-from crd.bench.cells import WAITING
-from crd.bench.collect import Outcome
+from crd.bench.collect import WAITING, Outcome
 from crd.bench.compare import (
     DRIFT,
     EQUAL_REWARD,
