@@ -225,6 +225,16 @@ def check_example(output: Path, printed: str) -> None:
     assert (output / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_the_script_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (script,) = blocks(ROOT / "README.md", "python")
+    monkeypatch.chdir(tmp_path)
+    for long, short in (("updates=10,", "updates=1,"), ("group_size=8,", "group_size=2,")):
+        assert long in script
+        script = script.replace(long, short)
+    exec(compile(script, "README.md", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "bright-lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
 def test_the_example_runs_on_a_model_of_random_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
