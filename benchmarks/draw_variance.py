@@ -137,7 +137,7 @@ def moved_trainer(args: argparse.Namespace) -> CRDTrainer:
     else:
         checkpoints = CheckpointFolder.of_run(Path(args.run))
         checkpoint = checkpoints.load(checkpoint_number(checkpoints, "last"))
-        trainer.progress = restore(checkpoint, trainer.snapshots, trainer.optimizer, trainer.train_data.prompts)
+        trainer.progress = restore(checkpoint, trainer.snapshots, trainer.optimizer, trainer.train_data)
     return trainer
 
 

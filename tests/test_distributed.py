@@ -144,11 +144,11 @@ def one_update(config: CRDConfig, evaluate: bool) -> Did:
 def goes_back(trainer: CRDTrainer) -> bool:
     """Whether a checkpoint, taken before another update, brings everything back after it."""
     parts = trainer.snapshots, trainer.optimizer
-    kept = pack(*parts, trainer.progress, ["prompts"])
+    kept = pack(*parts, trainer.progress, trainer.train_data)
     trainer.update()
-    moved = pack(*parts, trainer.progress, ["prompts"])
-    restore(kept, *parts, ["prompts"])
-    again = pack(*parts, trainer.progress, ["prompts"])
+    moved = pack(*parts, trainer.progress, trainer.train_data)
+    restore(kept, *parts, trainer.train_data)
+    again = pack(*parts, trainer.progress, trainer.train_data)
     return same_tensors(again, kept) and not same_tensors(moved, kept)
 
 

@@ -31,6 +31,7 @@ from crd.report import write_report
 from crd.snapshots import ANCHOR
 from crd.tracker import read_metrics
 from crd.trainer import KL_SCALE_MAX, CRDTrainer
+from crd.watch import Verdict
 
 ANIMALS = ("cat", "dog", "bird", "fish", "cow", "hen", "fox", "ant")
 HELD_OUT = "held_out_darkness"
@@ -325,6 +326,33 @@ def test_raise_kl_doubles_the_strengths_up_to_eight(hacking: CRDConfig, tmp_path
     assert resumed.progress.kl_scale == KL_SCALE_MAX
     assert resumed.objective.config.kl_max == KL_SCALE_MAX * raising.kl_max  # type: ignore[attr-defined]
     assert resumed.objective.config.kl_min == KL_SCALE_MAX * raising.kl_min  # type: ignore[attr-defined]
+
+
+def test_what_a_made_up_evaluation_raises_is_kept(
+    hacking: CRDConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that was saved when the judge was down knows nothing of it."""
+    raising = replace(hacking, alarm="raise_kl", updates=6, save_every=0, output_dir=str(tmp_path / "run"))
+    trainer = CRDTrainer(args=raising)
+    assert trainer.watch is not None
+    evaluate = trainer.watch.evaluate
+
+    def fail(update: int, **options: Any) -> Verdict:
+        if update == 3:
+            raise CRDError("the judge is down")
+        return evaluate(update, **options)
+
+    monkeypatch.setattr(trainer.watch, "evaluate", fail)
+    with pytest.raises(CRDError, match="the judge is down"):
+        trainer.train()
+    checkpoints = CheckpointFolder.of_run(tmp_path / "run")
+    before = checkpoints.load(3).counters["kl_scale"]
+    further = CRDTrainer(args=raising)
+    monkeypatch.setattr(further, "update", lambda: (_ for _ in ()).throw(CRDError("interrupted")))
+    with pytest.raises(CRDError, match="interrupted"):
+        further.train(resume=True)
+    assert any(event["update"] == 3 and event["action"] == "raise_kl" for event in events(tmp_path / "run"))
+    assert checkpoints.load(3).counters["kl_scale"] == 2 * before
 
 
 def test_evaluations_drawn_otherwise_are_not_gone_on_from(hacking: CRDConfig, watched: Path, tmp_path: Path) -> None:

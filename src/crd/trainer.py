@@ -340,7 +340,9 @@ class CRDTrainer:
                 self.progress.kl_scale *= 2
                 self._set_kl(self.progress.kl_scale)
                 console.print(f"the alarm raises the KL strengths to {self.progress.kl_scale:g} times their settings")
-        if best or final or (config.save_every and done % config.save_every == 0):
+        # A checkpoint that is there already is one without what this evaluation changed: it had failed before.
+        stale = self.books.has_checkpoint(done)
+        if best or final or stale or (config.save_every and done % config.save_every == 0):
             self.engine.check_replicas(self.snapshots.parameters())
             self._save()
         if best and verdict is not None:

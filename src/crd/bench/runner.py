@@ -101,24 +101,24 @@ class Runner:
                 self._stop()
 
     def _start(self, job: Job) -> None:
-        command = job.folder.command(job.config)
+        command, code = job.folder.command(job.config), commit()
         threads = str(job.config.threads)
         with job.folder.log.open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[self._lock],
                 env={**os.environ, "OMP_NUM_THREADS": threads},
             )  # fmt: skip
-        self._running.append(_Child(job, process, datetime.now(timezone.utc), time.perf_counter(), commit()))
+        self._running.append(_Child(job, process, datetime.now(timezone.utc), time.perf_counter(), code))
         self._started(job)
 
     def _reap(self, *, stopped: bool) -> None:
         """Record the processes that have ended."""
         for child in list(self._running):
-            if os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-                continue
-            waited = waited_seconds(child.process.pid)
+            waited = waited_seconds(child.process.pid)  # before it is reaped, and then nobody knows
             # Not Popen.poll: only wait4 tells what this process, and no other, has used.
-            _, status, usage = os.wait4(child.process.pid, 0)
+            pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
+            if pid == 0:
+                continue
             child.process.returncode = os.waitstatus_to_exitcode(status)
             self._running.remove(child)
             config = child.job.config

@@ -70,7 +70,7 @@ def title(metric: str) -> str:
 
 def is_reward(metric: str) -> bool:
     """Whether it is one of the rewards that the total is made of."""
-    return metric.startswith(REWARD)
+    return metric.startswith(REWARD) and metric != "reward_correlation"  # a metric of crd in runs of earlier versions
 
 
 def distinct(metrics: Iterable[str]) -> list[str]:
