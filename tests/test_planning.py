@@ -134,7 +134,7 @@ def test_forwards_are_those_of_a_real_update(config: CRDConfig, change: dict[str
 
 def test_processes_share_the_images() -> None:
     size = geometry(CRDConfig(), 8)
-    assert (size.images, size.own_images, size.own_rows) == (1152, 144, (720, 720))
+    assert (size.images, size.own_images, size.own_rows) == (1152, 144, (648, 648))
 
 
 def test_micro_batches_fit_and_are_the_largest_that_do(config: CRDConfig) -> None:
