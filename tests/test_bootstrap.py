@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from crd.errors import CRDError
@@ -140,6 +140,7 @@ def test_images_of_one_prompt_are_no_new_evidence() -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@example([(0.0, 0), (3.7e-245, 1)])
 @given(st.lists(st.tuples(st.floats(-10, 10), st.integers(-3, 3)), min_size=1, max_size=30))
 def test_order_and_names_change_nothing(data: list[tuple[float, int]]) -> None:
     values, prompts = np.array([value for value, _ in data]), np.array([prompt for _, prompt in data])

@@ -227,6 +227,8 @@ def _bca_level(deviation: np.ndarray, shifts: np.ndarray, z: float) -> np.ndarra
     the mean, is a sixth of its skewness.
     """
     resamples, normal = len(shifts), NormalDist()
+    size = np.abs(deviation).max(axis=0)  # the level has no units; squares of tiny numbers would be 0
+    deviation, shifts = deviation / size, shifts / size
     square = np.square(deviation).sum(axis=0)
     acceleration = (deviation**3).sum(axis=0) / (6 * square**1.5)
     # Discrete scores often resample to the very mean: such ties count half on either side.
