@@ -210,3 +210,70 @@ def test_nothing_but_numbers_in_results(out: Path) -> None:
         for name, value in line.items():
             assert isinstance(value, str) == (name in ("task", "arm"))
             assert value is None or isinstance(value, str) or math.isfinite(value)
+
+
+def test_recorded_runs_stand_in_for_run_folders(
+    suite_file: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was kept of finished runs is neither made again nor told otherwise."""
+    kept, again = tmp_path / "kept", tmp_path / "again"
+    kept.mkdir()
+    for name in ("results.jsonl", "cells.jsonl"):
+        (kept / name).write_text((out / name).read_text())
+    bench = ["bench", str(suite_file), "--output_dir", str(again), "--records", str(kept)]
+    assert main([*bench, "--dry-run"]) == 0
+    assert "2 of 3 runs are finished" in capsys.readouterr().out
+    assert not again.exists()
+    assert main([*bench, "--arms", "plain,strong"]) == 0
+    assert "start " not in capsys.readouterr().out
+    assert not list(again.rglob("seed-0"))
+    for name in ("results.jsonl", "cells.jsonl"):
+        assert (again / name).read_text() == (kept / name).read_text()
+
+    def told(folder: Path) -> str:
+        """The report without failed runs, of which there are no records, and pictures, which are not recorded."""
+        lines = (folder / "report.md").read_text().split("## Failed runs")[0].splitlines()
+        return "\n".join(line for line in lines if line and not line.startswith("!["))
+
+    assert told(again) == told(out)
+    assert main([*bench[:2], "--output_dir", str(again), "--records", str(kept), "--summary"]) == 0
+
+
+def test_a_run_of_this_machine_goes_before_its_record(suite_file: Path, out: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "cells.jsonl").write_text((out / "cells.jsonl").read_text())
+    points = lines(out / "results.jsonl")
+    (other / "results.jsonl").write_text("".join(json.dumps({**one, "reward": 0.5}) + "\n" for one in points))
+    before = (out / "results.jsonl").read_text()
+    assert main(["bench", str(suite_file), "--output_dir", str(out), "--records", str(other), "--summary"]) == 0
+    assert (out / "results.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda cells, points: (cells, ""), "results.jsonl has no line of bright/plain/seed-0"),
+        (lambda cells, points: (cells + cells, points), "bright/plain/seed-0 is recorded twice"),
+        (lambda cells, points: (cells.replace('"plain"', '"gone"'), points.replace('"plain"', '"gone"')),
+         "suite tiny has no run bright/gone/seed-0; leave these records out"),
+        (lambda cells, points: (cells.replace('"kl_max": 1.0', '"kl_max": 2.0'), points),
+         "bright/strong/seed-0 was made with kl_max=2.0, the suite asks for 1.0; leave these records out"),
+        (lambda cells, points: (cells.replace('"kl_max"', '"kl_maximum"'), points), "unknown configuration key"),
+        (lambda cells, points: (cells[:-20], points), "ends in the middle of a line"),
+        (lambda cells, points: (cells, points.replace('"images": 0', '"images": "none"')), "images must be a number"),
+        (lambda cells, points: (cells.replace('"peak_bytes": ', '"peak_bytes": -'), points), "peak_bytes must be"),
+    ],
+)  # fmt: skip
+def test_records_that_do_not_hold_are_refused(
+    suite_file: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, told: str
+) -> None:
+    cells, points = change((out / "cells.jsonl").read_text(), (out / "results.jsonl").read_text())
+    (tmp_path / "cells.jsonl").write_text(cells)
+    (tmp_path / "results.jsonl").write_text(points)
+    new = tmp_path / "new"
+    assert main(["bench", str(suite_file), "--output_dir", str(new), "--records", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not new.exists()

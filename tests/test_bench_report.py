@@ -241,3 +241,8 @@ def test_a_group_of_which_only_the_reference_has_run_is_not_told(outcomes: list[
     comparison = compare_arms(runs, ARMS, "crd")
     assert comparison is not None
     assert comparison.told(("crd",)) == ["crd"]
+
+
+def test_a_sweep_of_which_one_arm_has_run_is_not_drawn(outcomes: list[Outcome], tmp_path: Path) -> None:
+    figures = draw_figures(tmp_path, SUITE, [one for one in outcomes if one.cell.arm != "slow"])
+    assert [path.name for path in figures["task"]] == ["task-arms.svg"]

@@ -14,7 +14,7 @@ A step taken is a velocity: x_next = p x + q v* with v* = (x_next - p x) / q, an
 sampler's Gaussian is, up to a factor without v, that of v* under N(v, std² / q² I). So a step is trained as a velocity
 is, with the target v*.
 
-Source: Liu et al., "Flow-GRPO", arXiv 2505.05470, section on the conversion from ODE to SDE.
+Source: Liu et al., "Flow-GRPO", arXiv 2505.05470v5, section 4: the SDE is Eq. (8), its steps Eq. (9), σ the line below.
 """
 
 from __future__ import annotations

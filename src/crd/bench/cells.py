@@ -26,6 +26,7 @@ from crd.loading import is_run
 from crd.run_folder import CONFIG_FILE, SUMMARY_FILE
 
 NEW, STARTED, FAILED, FINISHED = "new", "started", "failed", "finished"
+RECORDED = "recorded"  # finished elsewhere: its numbers are there, its folder is not
 # What may differ between the suite and a run that it goes on with: where it lies, and how it is executed.
 _FREE = frozenset({"output_dir", *EXECUTION})
 
@@ -84,13 +85,8 @@ class CellFolder:
         """
         if not is_run(self.run):
             return
-        recorded = load_config(self.run / CONFIG_FILE)
-        for name, was in dataclasses.asdict(recorded).items():
-            asked = config.__dict__[name]
-            # A run records what `auto` came to.
-            if name not in _FREE and was != asked and asked != AUTO:
-                raise CRDError(f"{self.run} was made with {name}={was!r}, the suite asks for {asked!r}; choose another "
-                               "--output_dir, or move that run away")  # fmt: skip
+        check_settings(load_config(self.run / CONFIG_FILE), config, str(self.run),
+                       "choose another --output_dir, or move that run away")  # fmt: skip
 
     def command(self, config: CRDConfig) -> list[str]:
         """The command that begins the run, or goes on with it; its settings are written down.
@@ -115,7 +111,9 @@ class CellFolder:
         Raises:
             CRDError: the file is damaged.
         """
-        return [_parse(line) for line in read_object_lines(self._attempts)[0]] if self._attempts.is_file() else []
+        if not self._attempts.is_file():
+            return []
+        return [parse_attempt(line) for line in read_object_lines(self._attempts)[0]]
 
     def add(self, attempt: Attempt) -> None:
         """Record an attempt.
@@ -150,7 +148,31 @@ class CellFolder:
         return " / ".join([line for line in told if line.strip("^~ ")][-lines:])
 
 
-def _parse(line: JsonObject) -> Attempt:
+def check_settings(recorded: CRDConfig, asked: CRDConfig, where: str, instead: str) -> None:
+    """Refuse the run `where` if it was made with other settings than the suite asks for.
+
+    Args:
+        recorded: settings that the run was made with.
+        asked: settings that it should have.
+        where: what to call the run.
+        instead: what to do about it.
+
+    Raises:
+        CRDError: names a field that differs.
+    """
+    for name, was in dataclasses.asdict(recorded).items():
+        wanted = asked.__dict__[name]
+        # A run records what `auto` came to.
+        if name not in _FREE and was != wanted and wanted != AUTO:
+            raise CRDError(f"{where} was made with {name}={was!r}, the suite asks for {wanted!r}; {instead}")
+
+
+def parse_attempt(line: JsonObject) -> Attempt:
+    """An attempt as attempts.jsonl and cells.jsonl hold it.
+
+    Raises:
+        CRDError: it is damaged.
+    """
     return Attempt(
         began=line.text("began"),
         seconds=line.real("seconds"),

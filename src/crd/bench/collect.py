@@ -118,6 +118,10 @@ def write_results(out: Path, outcomes: Sequence[Outcome]) -> None:
     Raises:
         CRDError: they cannot be written.
     """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CRDError(f"cannot make {out}: {error}; choose another --output_dir") from error
     points = [line for outcome in outcomes for line in _points(outcome)]
     for name, lines in ((RESULTS_FILE, points), (CELLS_FILE, [_totals(outcome) for outcome in outcomes])):
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -156,7 +160,7 @@ def _totals(outcome: Outcome) -> dict[str, Any]:
         "peak_memory_bytes": _plain(outcome.peak_bytes),
         "anchor_guidance": outcome.anchor_guidance,
         "guided_base": {name: _plain(value) for name, value in outcome.guided.items()},
-        "settings": dict(outcome.settings),
+        "settings": {name: value for name, value in outcome.settings.items() if name != "output_dir"},
         "environment": dict(outcome.environment),
         "attempts": [one.__dict__ for one in attempts],
     }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crd.bench.cells import FAILED, Attempt, CellFolder
+from crd.bench.cells import FAILED, RECORDED, Attempt, CellFolder
 from crd.bench.checks import check_measured, check_runs
-from crd.bench.collect import collect, write_results
+from crd.bench.collect import Outcome, collect, write_results
 from crd.bench.figures import draw_figures
 from crd.bench.pictures import draw_samples
+from crd.bench.records import read_records
 from crd.bench.runner import Job, Runner, alone
 from crd.bench.schedule import Planned, failures, outlook, plan_cells, schedule_table, to_do
 from crd.bench.suite import EXECUTION, Cell, Suite
@@ -30,15 +31,16 @@ def bench(args: argparse.Namespace) -> None:
     """
     suite = read_suite(args.suite)
     out = Path(args.output_dir or f"runs/bench-{suite.name}")
+    recorded = read_records(suite, [Path(folder) for folder in args.records])
     if args.summary:
-        if not summarise(suite, out):
+        if not summarise(suite, out, recorded):
             raise CRDError(
                 f"no run of suite {suite.name} in {out} has been evaluated yet; leave --summary out to run it"
             )
         return
     cells = suite.cells(args.tasks, args.arms, args.seeds)
     check_runs(suite, cells)
-    planned = plan_cells(suite, cells, out, _execution(args))
+    planned = plan_cells(suite, cells, out, _execution(args), recorded)
     if suite.about:
         _say(suite.about)
     console.print(schedule_table(suite, planned))
@@ -48,18 +50,18 @@ def bench(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     with alone(out) as lock:
-        run_planned(suite, cells, planned, out, args, lock)
-        summarise(suite, out)
-    failed = [str(one.cell) for one in plan_cells(suite, cells, out, _execution(args)) if one.state == FAILED]
+        run_planned(suite, planned, out, args, lock)
+        summarise(suite, out, recorded)
+    planned = plan_cells(suite, cells, out, _execution(args), recorded)
+    failed = [str(one.cell) for one in planned if one.state == FAILED]
     if failed:
         raise CRDError(f"{len(failed)} of {len(cells)} runs failed, {', '.join(failed)}; see log.txt in their folders "
                        f"in {out}, and use --retry")  # fmt: skip
 
 
-def run_planned(
-    suite: Suite, cells: Sequence[Cell], planned: Sequence[Planned], out: Path, args: argparse.Namespace, lock: int
-) -> None:
+def run_planned(suite: Suite, planned: Sequence[Planned], out: Path, args: argparse.Namespace, lock: int) -> None:
     """Run what is to do, and tell of every start and end."""
+    cells, recorded = [one.cell for one in planned], {one.cell for one in planned if one.state == RECORDED}
 
     def started(job: Job) -> None:
         _say(f"start {job.folder.cell}")
@@ -72,14 +74,17 @@ def run_planned(
         if not args.keep_weights:
             job.folder.drop_checkpoints()
         peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
-        left = outlook(plan_cells(suite, cells, out, _execution(args)), args.jobs)
+        now = plan_cells(suite, cells, out, _execution(args), recorded)
+        left = outlook(now, args.jobs)
         _say(f"done {cell}: {took}, {peak}; {left}")
 
     Runner(args.jobs, lock, started, ended).run(to_do(planned, args.retry))
 
 
-def summarise(suite: Suite, out: Path) -> bool:
-    """results.jsonl, cells.jsonl, figures, sample sheets and report.md of all runs in `out`, from their folders alone.
+def summarise(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> bool:
+    """results.jsonl, cells.jsonl, figures, sample sheets and report.md of all runs in `out` and of `recorded` ones.
+
+    Of a run that is finished in `out` too, that one is told; of recorded ones there are no pictures.
 
     Returns:
         Whether there is a run to tell of.
@@ -90,12 +95,15 @@ def summarise(suite: Suite, out: Path) -> bool:
     # Of arms that were never begun, not even the settings need to hold.
     begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
     planned = plan_cells(suite, begun, out, {})
-    check_measured(suite, begun)
-    outcomes = collect(planned)
+    check_measured(suite, [*begun, *recorded])
+    here = collect(planned)
+    done = {one.cell for one in here if one.finished}
+    elsewhere = [one for cell, one in recorded.items() if cell not in done]
+    outcomes = [*(one for one in here if one.finished or one.cell not in recorded), *elsewhere]
     if not outcomes:
         return False
     write_results(out, outcomes)
-    figures, samples = draw_figures(out, suite, outcomes), draw_samples(out, suite, outcomes)
+    figures, samples = draw_figures(out, suite, outcomes), draw_samples(out, suite, here)
     for task, paths in samples.items():
         figures.setdefault(task, []).extend(paths)
     report = write_report(out, suite, outcomes, failures(planned), figures)

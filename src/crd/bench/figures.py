@@ -51,7 +51,8 @@ def draw_figures(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> dict[s
                 written[task].append(_save(figure, out / f"{task}-{name or 'arms'}"))
         for name, sweep in suite.sweeps.items():
             comparison = compare_arms(done, (suite.reference, *sweep.arms), suite.reference)
-            if comparison is not None:
+            # One point is no sweep.
+            if comparison is not None and sum(arm in comparison.arms for arm in sweep.arms) > 1:
                 figure = _sweep_figure(task, name, sweep, done, comparison)
                 written[task].append(_save(figure, out / f"{task}-sweep-{name}"))
     return written

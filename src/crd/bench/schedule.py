@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from crd.bench.cells import FAILED, FINISHED, NEW, STARTED, CellFolder
+from crd.bench.cells import FAILED, FINISHED, NEW, RECORDED, STARTED, CellFolder
 from crd.bench.checks import rows_per_update
 from crd.bench.runner import Job
 from crd.bench.suite import Cell, Suite
 from crd.errors import told_of
 from crd.report.words import duration
+
+_DONE = frozenset({FINISHED, RECORDED})
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,12 @@ class Planned:
         return self.job.folder.cell
 
 
-def plan_cells(suite: Suite, cells: Sequence[Cell], out: Path, execution: Mapping[str, Any]) -> list[Planned]:
+def plan_cells(
+    suite: Suite, cells: Sequence[Cell], out: Path, execution: Mapping[str, Any], recorded: Collection[Cell] = ()
+) -> list[Planned]:
     """The state of each run, executed with `execution` (of `Suite.config`); nothing is written.
+
+    One of `recorded` is not to do, whatever its folder holds.
 
     Raises:
         CRDError: a run in `out` was made with other settings.
@@ -49,7 +55,10 @@ def plan_cells(suite: Suite, cells: Sequence[Cell], out: Path, execution: Mappin
             rows[kind] = config.updates * rows_per_update(config)
         images = config.updates * config.prompts_per_update * config.group_size
         seconds = sum(attempt.seconds for attempt in folder.attempts())
-        found.append(Planned(Job(folder, config), folder.state(), images, rows[kind], seconds))
+        state = folder.state()
+        if cell in recorded and state != FINISHED:
+            state = RECORDED
+        found.append(Planned(Job(folder, config), state, images, rows[kind], seconds))
     return found
 
 
@@ -64,7 +73,7 @@ def remaining_seconds(planned: Sequence[Planned], jobs: int) -> float | None:
         return None
     total = 0.0
     for one in planned:
-        if one.state != FINISHED:
+        if one.state not in _DONE:
             like = [
                 [other for other in finished if (other.cell.task, other.cell.arm) == (one.cell.task, one.cell.arm)],
                 [other for other in finished if other.cell.task == one.cell.task],
@@ -82,7 +91,7 @@ def schedule_table(suite: Suite, planned: Sequence[Planned]) -> Table:
     for one in sorted(planned, key=lambda one: list(suite.tasks).index(one.cell.task)):
         lines.setdefault((one.cell.task, one.cell.arm), []).append(one)
     for (task, arm), runs in lines.items():
-        counts = {state: sum(run.state == state for run in runs) for state in (FINISHED, STARTED, FAILED)}
+        counts = {state: sum(run.state == state for run in runs) for state in (FINISHED, RECORDED, STARTED, FAILED)}
         told = ", ".join([str(len(runs)), *(f"{count} {state}" for state, count in counts.items() if count)])
         times = [run.seconds for run in runs if run.state == FINISHED]
         took = duration(sum(times) / len(times)) if times else "-"
@@ -93,7 +102,7 @@ def schedule_table(suite: Suite, planned: Sequence[Planned]) -> Table:
 
 def outlook(planned: Sequence[Planned], jobs: int) -> str:
     """How many runs there are to do, and how long they take, in words."""
-    left = [one for one in planned if one.state != FINISHED]
+    left = [one for one in planned if one.state not in _DONE]
     text = f"{len(planned) - len(left)} of {len(planned)} runs are finished"
     if not left:
         return text

@@ -91,6 +91,7 @@ def _measured_on(outcomes: Sequence[Outcome]) -> list[str]:
         "processor": {f"{one.processor}, {one.cores} cores" for one in attempts},
         "runs at a time x threads": {f"{one.jobs} x {one.threads}" for one in attempts},
         "compile": {one.compile for one in attempts},
+        "mixed precision": {str(one.settings.get("mixed_precision", "unknown")) for one in outcomes},
         "commit": {one.commit or "not in git" for one in attempts},
         "Python": {str(one.environment.get("python", "unknown")) for one in outcomes},
         "torch": {str(one.environment.get("packages", {}).get("torch", "unknown")) for one in outcomes},

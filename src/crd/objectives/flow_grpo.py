@@ -3,8 +3,8 @@
 A row is one step of an image's trajectory, drawn from the Gaussian that `crd.sde` describes. The ratio is that of the
 densities of the step under the policy and under the snapshot that drew it.
 
-Source: Liu et al., "Flow-GRPO", arXiv 2505.05470, sections on GRPO for flow matching and on the conversion from ODE to
-SDE.
+Source: Liu et al., "Flow-GRPO", arXiv 2505.05470v5, section 4: Eq. (5) with the clipped sum below it, and the KL of two
+Gaussians below Eq. (9).
 """
 
 from __future__ import annotations

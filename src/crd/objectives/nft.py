@@ -7,8 +7,8 @@ Two implicit policies lie on both sides of `old` on the line through the policy,
 An image of optimality probability A trains the first with weight A and the second with 1 - A. At θ = old the gradient
 is that of advantage-weighted matching, as for CRD; unlike there it does not fade as the ratio grows.
 
-Source: Zheng et al., "DiffusionNFT", arXiv 2509.16117, section on negative-aware finetuning (the theorem on its loss
-is the one with r and 1 - r) and the paragraph on adaptive loss weighting.
+Source: Zheng et al., "DiffusionNFT", arXiv 2509.16117v2: Theorem 3.2 with Eq. (5), and section 3.3, "Adaptive Loss
+Weighting".
 """
 
 from __future__ import annotations
