@@ -1,7 +1,7 @@
 """RAFT, or best-of-K: plain flow matching on the best images of each group.
 
-Source: Dong et al., "RAFT: Reward rAnked FineTuning", arXiv 2304.06767, its step of data ranking, with the images of one
-update as its batch and one image kept: the SFT baseline of Flow-GRPO, arXiv 2505.05470v5, section 5.2. Keeping more
+Source: Dong et al., "RAFT: Reward rAnked FineTuning", arXiv 2304.06767, its step of data ranking, with the images of
+one update as its batch and one image kept: the SFT baseline of Flow-GRPO, arXiv 2505.05470v5, section 5.2. Keeping more
 than one is ours.
 """
 
