@@ -105,6 +105,7 @@ class CRDConfig:
     kl_min: float = 1e-4
     kl_max: float = 0.1  # 0 = no anchor
     kl_reward_range: tuple[float, float] = (0.0, 1.0)
+    distill_updates: int = 0  # the first ones, which train the KL term alone
 
     # Optimisation.
     finetune: str = "lora"  # or "full"
@@ -173,7 +174,7 @@ class CRDConfig:
                 check_option(name, rows, (AUTO,))
             else:
                 _check_above(name, rows, 0)
-        for name in ("warmup_steps", "cooldown_updates", "weight_decay", "eval_every", "save_every"):
+        for name in ("warmup_steps", "cooldown_updates", "distill_updates", "weight_decay", "eval_every", "save_every"):
             _check_above(name, self._value(name), 0, inclusive=True)
         for name in ("learning_rate", "lora_alpha", "weight_decay", "rollout_guidance", "anchor_guidance",
                      "peer_timeout"):  # fmt: skip
@@ -200,7 +201,10 @@ class CRDConfig:
             self._check_trajectories()
 
     def _check_update(self) -> None:
-        """Refuse sizes and draws of an update that do not go together."""
+        """Refuse sizes, draws and terms of an update that do not go together."""
+        if self.distill_updates > 0 and self.kl_max == 0:
+            raise CRDError(f"distill_updates={self.distill_updates} trains the KL to the anchor alone, got kl_max=0; "
+                           "set kl_max, or leave distill_updates out")  # fmt: skip
         if self.group_size < 2:
             raise CRDError(
                 f"group_size must be 2 or more (one image has no group to be centered in), got {self.group_size}"

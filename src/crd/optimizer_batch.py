@@ -33,13 +33,18 @@ class Points:
 
 
 def learning_signal(
-    config: CRDConfig, rewards: RewardOutput, weights: Mapping[str, float], group_id: Tensor
+    config: CRDConfig, rewards: RewardOutput, weights: Mapping[str, float], group_id: Tensor, number: int
 ) -> tuple[Advantages, Tensor]:
-    """Advantages of B images, and the gate (B,) of their KL strength."""
+    """Advantages of the B images of update `number`, and the gate (B,) of their KL strength.
+
+    In the first `config.distill_updates` updates no group has signal, so that the KL term alone is trained.
+    """
     signal = rewards.total
     if config.reward_normalization == "group":
         signal = group_normalized(rewards.columns, weights, group_id)
     advantages = group_advantages(signal, group_id, clip=config.advantage_clip)
+    if number < config.distill_updates:
+        advantages = replace(advantages, has_signal=torch.zeros_like(advantages.has_signal))
     # Without an anchor nothing reads the gate, so rewards need no range.
     kind = config.kl_gate if config.kl_max > 0 else "constant"
     return advantages, kl_gate(kind, rewards.total, advantages.advantage, config.kl_reward_range)

@@ -261,7 +261,7 @@ class CRDTrainer:
     ) -> dict[str, float]:
         """The optimizer steps of one update, each on whole groups; mean metrics over the steps."""
         config, group_id = self.args, plan.batch.group_id
-        advantages, gate = learning_signal(config, rewards, self.rewards.weights, group_id)
+        advantages, gate = learning_signal(config, rewards, self.rewards.weights, group_id, plan.number)
         steps: list[dict[str, float]] = []
         for step, images in enumerate(plan.steps):
             rows = build_rows(rewards, advantages, gate, group_id, images, config.draws)
