@@ -139,6 +139,27 @@ def test_drift_controls_have_their_own_effect(config: CRDConfig) -> None:
     assert reward["kl"] > 1e-4
 
 
+@pytest.mark.parametrize("objective", [{}, {"objective": "raft"}], ids=str)
+def test_the_first_updates_can_distil_the_anchor_alone(config: CRDConfig, objective: dict[str, Any]) -> None:
+    """Rewards that contradict each other lead to the same weights, until the first update that reads them."""
+    distilled = replace(config, kl_gate="constant", distill_updates=2, **objective)
+    contrary = replace(distilled, rewards=("reward_functions:darkness",))
+    weights, metrics = policy_after(distilled)
+    others, _ = policy_after(contrary)
+    assert same(weights, others)
+    assert [one["signal_fraction"] for one in metrics] == [0.0, 0.0]
+    assert all(one["loss"] == pytest.approx(one["loss_kl"]) and one["gradient_norm"] > 0 for one in metrics)
+    weights, metrics = policy_after(distilled, updates=3)
+    others, _ = policy_after(contrary, updates=3)
+    assert not same(weights, others)
+    assert metrics[2]["signal_fraction"] == 1.0
+
+
+def test_without_an_anchor_there_is_nothing_to_distil(config: CRDConfig) -> None:
+    with pytest.raises(CRDError, match="distill_updates=1 trains the KL to the anchor alone, got kl_max=0; set kl_max"):
+        replace(config, kl_max=0.0, distill_updates=1)
+
+
 @pytest.mark.parametrize("reward", ["brightness", "darkness"])
 def test_training_raises_the_reward(config: CRDConfig, reward: str) -> None:
     """Both directions, so that a drift of the model by itself cannot pass."""
