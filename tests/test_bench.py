@@ -77,7 +77,10 @@ def test_a_suite_is_run_stopped_gone_on_with_and_summarised(
     monkeypatch.setenv("PYTHONPATH", IMPORTED_FROM)
     bench = ["bench", str(suite_file), "--output_dir", str(out)]
     assert main([*bench, "--dry-run"]) == 0
-    assert "0 of 3 runs are finished; how long they take is known once the first one is" in capsys.readouterr().out
+    assert (
+        "0 of 3 runs are finished; how long the others take is known once one has finished here"
+        in capsys.readouterr().out
+    )
     assert not out.exists()
 
     first = out / "bright/plain/seed-0"
@@ -236,7 +239,42 @@ def test_recorded_runs_stand_in_for_run_folders(
         return "\n".join(line for line in lines if line and not line.startswith("!["))
 
     assert told(again) == told(out)
-    assert main([*bench[:2], "--output_dir", str(again), "--records", str(kept), "--summary"]) == 0
+    # Whatever the order in which they were kept, and in a folder that is not there yet.
+    for name in ("results.jsonl", "cells.jsonl"):
+        strong = [line for line in (kept / name).read_text().splitlines() if '"strong"' in line]
+        plain = [line for line in (kept / name).read_text().splitlines() if '"plain"' in line]
+        (kept / name).write_text("\n".join([*strong, *plain]) + "\n")
+    third = tmp_path / "third"
+    assert main([*bench[:2], "--output_dir", str(third), "--records", str(kept), "--summary"]) == 0
+    assert (third / "cells.jsonl").read_text() == (again / "cells.jsonl").read_text()
+
+
+def test_a_run_that_failed_here_and_is_recorded_is_finished(
+    suite_file: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is recorded of the arm that cannot run here is what `plain` did, with the settings of that arm."""
+    content, targets = (out / "cells.jsonl").read_text().splitlines()[0], '"lora_targets": null'
+    assert targets in content
+    content = content.replace('"plain"', '"broken"').replace(targets, '"lora_targets": ["nowhere"]')
+    (tmp_path / "cells.jsonl").write_text(content + "\n")
+    points = [line for line in (out / "results.jsonl").read_text().splitlines() if '"plain"' in line]
+    (tmp_path / "results.jsonl").write_text("\n".join(points).replace('"plain"', '"broken"') + "\n")
+    before = len(attempts(out, "broken"))
+    bench = ["bench", str(suite_file), "--output_dir", str(out), "--records", str(tmp_path), "--retry"]
+    assert main(bench) == 0
+    assert "3 of 3 runs are finished" in capsys.readouterr().out
+    assert len(attempts(out, "broken")) == before
+    assert "## Failed runs" not in (out / "report.md").read_text()
+    assert [one["arm"] for one in lines(out / "cells.jsonl")] == ["plain", "strong", "broken"]
+    assert main(["bench", str(suite_file), "--output_dir", str(out), "--summary"]) == 0  # as other tests expect it
+
+
+def test_a_folder_without_records_is_refused(
+    suite_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(suite_file), "--output_dir", str(tmp_path / "new"), "--records", str(tmp_path)]) == 2
+    told = f"--records {tmp_path} has no results.jsonl; name a folder that holds what crd bench wrote"
+    assert told in capsys.readouterr().err.replace("\n", "")
 
 
 def test_a_run_of_this_machine_goes_before_its_record(suite_file: Path, out: Path, tmp_path: Path) -> None:
@@ -253,13 +291,20 @@ def test_a_run_of_this_machine_goes_before_its_record(suite_file: Path, out: Pat
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda cells, points: (cells, ""), "results.jsonl has no line of bright/plain/seed-0"),
-        (lambda cells, points: (cells + cells, points), "bright/plain/seed-0 is recorded twice"),
+        (lambda cells, points: (cells, ""), "must hold bright/plain/seed-0 from update 0 to 3 in order, got []"),
+        (lambda cells, points: (cells, points + points), "from update 0 to 3 in order, got [0, 1, 2, 3, 0, 1, 2, 3]"),
+        (lambda cells, points: (cells, points[: points.rindex("{")]), "bright/strong/seed-0 from update 0 to 3 in ord"),
+        (lambda cells, points: (cells + cells, points), "cells.jsonl line 1 too; leave one of the two out"),
         (lambda cells, points: (cells.replace('"plain"', '"gone"'), points.replace('"plain"', '"gone"')),
          "suite tiny has no run bright/gone/seed-0; leave these records out"),
         (lambda cells, points: (cells.replace('"kl_max": 1.0', '"kl_max": 2.0'), points),
          "bright/strong/seed-0 was made with kl_max=2.0, the suite asks for 1.0; leave these records out"),
-        (lambda cells, points: (cells.replace('"kl_max"', '"kl_maximum"'), points), "unknown configuration key"),
+        (lambda cells, points: (cells.replace('"kl_max"', '"kl_maximum"'), points),
+         "as another version of crd may have it: unknown configuration key 'kl_maximum'"),
+        (lambda cells, points: (cells.replace('"finished"', '"done"'), points), "state must be one of new, started"),
+        (lambda cells, points: (cells.replace('"stopped": false', '"stopped": "no"'), points), "stopped must be true"),
+        (lambda cells, points: (cells.replace('"attempts": [', '"attempts": [1, '), points), "attempts entry 1 must"),
+        (lambda cells, points: (cells, points.replace('"reward"', '"prize"')), "has no 'reward'"),
         (lambda cells, points: (cells[:-20], points), "ends in the middle of a line"),
         (lambda cells, points: (cells, points.replace('"images": 0', '"images": "none"')), "images must be a number"),
         (lambda cells, points: (cells.replace('"peak_bytes": ', '"peak_bytes": -'), points), "peak_bytes must be"),

@@ -250,7 +250,7 @@ def test_bundled_suites_are_told_of() -> None:
         assert name in told.getvalue()
 
 
-def test_the_ablations_change_one_thing_and_draw_equally_many_images() -> None:
+def test_the_ablations_change_something_and_ask_as_much_of_the_denoiser_for_an_image() -> None:
     suite = read_suite("ablations")
     configs = {cell.arm: suite.config(cell, OUT, {}) for cell in suite.cells(seeds=[0])}
     for arm, config in configs.items():

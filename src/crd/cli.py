@@ -255,8 +255,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=_words, default=[], metavar="A,B", help="only these (default: all)")
     parser.add_argument("--arms", type=_words, default=[], metavar="A,B", help="only these (default: all)")
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="0,1", help="only these (default: all)")
-    parser.add_argument("--records", action="append", default=[], metavar="FOLDER", help="of results.jsonl and "
-                        "cells.jsonl of finished runs, which are not made again; may be repeated")  # fmt: skip
+    parser.add_argument("--records", action="append", default=[], metavar="FOLDER",
+                        help="take finished runs from its results.jsonl and cells.jsonl; may be repeated")  # fmt: skip
     parser.add_argument("--retry", action="store_true", help="try failed runs again")
     parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of finished runs")
     parser.add_argument("--dry-run", action="store_true", help="check every arm, print the plan, stop")

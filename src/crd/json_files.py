@@ -47,6 +47,12 @@ class JsonObject:
             raise self._wrong(name, "an integer" if least is None else f"an integer of at least {least}", value)
         return value
 
+    def flag(self, name: str) -> bool:
+        value = self._value(name)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false", value)
+        return value
+
     def number(self, name: str) -> float:
         value = self._value(name)
         if not _is_number(value):
@@ -71,6 +77,11 @@ class JsonObject:
         if not isinstance(value, list):
             raise self._wrong(name, "a list", value)
         return value
+
+    def objects(self, name: str) -> list[JsonObject]:
+        """The entries of a list, each of which must be an object."""
+        entries = enumerate(self.items(name), start=1)
+        return [_object(entry, f"{self.where}, {name} entry {number}") for number, entry in entries]
 
     def texts(self, name: str) -> tuple[str, ...]:
         values = self.items(name)

@@ -148,23 +148,23 @@ class CellFolder:
         return " / ".join([line for line in told if line.strip("^~ ")][-lines:])
 
 
-def check_settings(recorded: CRDConfig, asked: CRDConfig, where: str, instead: str) -> None:
-    """Refuse the run `where` if it was made with other settings than the suite asks for.
+def check_settings(made: CRDConfig, asked: CRDConfig, run: str, instead: str) -> None:
+    """Refuse a run that was made with other settings than the suite asks for.
 
     Args:
-        recorded: settings that the run was made with.
+        made: settings that the run was made with.
         asked: settings that it should have.
-        where: what to call the run.
+        run: what to call it.
         instead: what to do about it.
 
     Raises:
         CRDError: names a field that differs.
     """
-    for name, was in dataclasses.asdict(recorded).items():
+    for name, was in dataclasses.asdict(made).items():
         wanted = asked.__dict__[name]
         # A run records what `auto` came to.
         if name not in _FREE and was != wanted and wanted != AUTO:
-            raise CRDError(f"{where} was made with {name}={was!r}, the suite asks for {wanted!r}; {instead}")
+            raise CRDError(f"{run} was made with {name}={was!r}, the suite asks for {wanted!r}; {instead}")
 
 
 def parse_attempt(line: JsonObject) -> Attempt:
@@ -179,7 +179,7 @@ def parse_attempt(line: JsonObject) -> Attempt:
         cpu_seconds=line.real("cpu_seconds"),
         peak_bytes=line.integer("peak_bytes"),
         status=line.integer("status", None),
-        stopped=bool(line.content["stopped"]),
+        stopped=line.flag("stopped"),
         threads=line.integer("threads", 1),
         jobs=line.integer("jobs", 1),
         processor=line.text("processor"),

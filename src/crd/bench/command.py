@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crd.bench.cells import FAILED, RECORDED, Attempt, CellFolder
+from crd.bench.cells import FAILED, Attempt, CellFolder
 from crd.bench.checks import check_measured, check_runs
 from crd.bench.collect import Outcome, collect, write_results
 from crd.bench.figures import draw_figures
@@ -31,15 +31,16 @@ def bench(args: argparse.Namespace) -> None:
     """
     suite = read_suite(args.suite)
     out = Path(args.output_dir or f"runs/bench-{suite.name}")
-    recorded = read_records(suite, [Path(folder) for folder in args.records])
+    folders = [Path(folder) for folder in args.records]
     if args.summary:
-        if not summarise(suite, out, recorded):
+        if not summarise(suite, out, read_records(suite, folders)):
             raise CRDError(
                 f"no run of suite {suite.name} in {out} has been evaluated yet; leave --summary out to run it"
             )
         return
     cells = suite.cells(args.tasks, args.arms, args.seeds)
     check_runs(suite, cells)
+    recorded = read_records(suite, folders)
     planned = plan_cells(suite, cells, out, _execution(args), recorded)
     if suite.about:
         _say(suite.about)
@@ -50,7 +51,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     with alone(out) as lock:
-        run_planned(suite, planned, out, args, lock)
+        run_planned(suite, planned, recorded, out, args, lock)
         summarise(suite, out, recorded)
     planned = plan_cells(suite, cells, out, _execution(args), recorded)
     failed = [str(one.cell) for one in planned if one.state == FAILED]
@@ -59,9 +60,16 @@ def bench(args: argparse.Namespace) -> None:
                        f"in {out}, and use --retry")  # fmt: skip
 
 
-def run_planned(suite: Suite, planned: Sequence[Planned], out: Path, args: argparse.Namespace, lock: int) -> None:
+def run_planned(
+    suite: Suite,
+    planned: Sequence[Planned],
+    recorded: Collection[Cell],
+    out: Path,
+    args: argparse.Namespace,
+    lock: int,
+) -> None:
     """Run what is to do, and tell of every start and end."""
-    cells, recorded = [one.cell for one in planned], {one.cell for one in planned if one.state == RECORDED}
+    cells = [one.cell for one in planned]
 
     def started(job: Job) -> None:
         _say(f"start {job.folder.cell}")
@@ -94,12 +102,11 @@ def summarise(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> bool
     """
     # Of arms that were never begun, not even the settings need to hold.
     begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
-    planned = plan_cells(suite, begun, out, {})
+    planned = plan_cells(suite, begun, out, {}, recorded)
     check_measured(suite, [*begun, *recorded])
     here = collect(planned)
-    done = {one.cell for one in here if one.finished}
-    elsewhere = [one for cell, one in recorded.items() if cell not in done]
-    outcomes = [*(one for one in here if one.finished or one.cell not in recorded), *elsewhere]
+    told = {**{one.cell: one for one in here}, **recorded, **{one.cell: one for one in here if one.finished}}
+    outcomes = [told[cell] for cell in suite.cells() if cell in told]
     if not outcomes:
         return False
     write_results(out, outcomes)

@@ -108,7 +108,7 @@ def outlook(planned: Sequence[Planned], jobs: int) -> str:
         return text
     seconds = remaining_seconds(planned, jobs)
     if seconds is None:
-        return f"{text}; how long they take is known once the first one is"
+        return f"{text}; how long the others take is known once one has finished here"
     return f"{text}; the others take about {duration(seconds)}, {jobs} at a time"
 
 
