@@ -87,7 +87,7 @@ class FixedImages:
             raise CRDError(f"the implicit reward is that of objective crd, got {config.objective}; choose another run")
         rollout = trainer.rollout(plan)
         rewards, group_id = trainer.score(plan, rollout), plan.batch.group_id
-        advantages, gate = learning_signal(config, rewards, trainer.rewards.weights, group_id)
+        advantages, gate = learning_signal(config, rewards, trainer.rewards.weights, group_id, plan.number)
         rows = build_rows(rewards, advantages, gate, group_id, torch.arange(len(group_id)), config.draws)
         return FixedImages(trainer, rollout, rows, replace(settings, kl_max=0.0).build())
 

@@ -96,7 +96,7 @@ def unchanged(strong_controls: CRDConfig) -> tuple[dict[str, torch.Tensor], list
         {"sampler_start": 0.0},
         {"residual": "leave_one_out", "timesteps": "uniform"},
         {"timesteps": "rollout_grid_independent"},
-        {"centering": "tempered"},
+        {"centering": "tempered", "tau": 0.01},  # of rewards this close, 1 differs from uniform by rounding
         {"centering_prompts": 0},
         {"form": "cross_entropy"},
         {"weighting": "unit"},
