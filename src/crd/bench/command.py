@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ def bench(args: argparse.Namespace) -> None:
     cells = suite.cells(args.tasks, args.arms, args.seeds)
     check_runs(suite, cells)
     recorded = read_records(suite, folders)
-    planned = plan_cells(suite, cells, out, _execution(args), recorded)
+
+    def plan() -> list[Planned]:
+        return plan_cells(suite, cells, out, _execution(args), recorded)
+
+    planned = plan()
     if suite.about:
         _say(suite.about)
     console.print(schedule_table(suite, planned))
@@ -51,25 +55,18 @@ def bench(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     with alone(out) as lock:
-        run_planned(suite, planned, recorded, out, args, lock)
+        run_planned(planned, plan, args, lock)
         summarise(suite, out, recorded)
-    planned = plan_cells(suite, cells, out, _execution(args), recorded)
-    failed = [str(one.cell) for one in planned if one.state == FAILED]
+    failed = [str(one.cell) for one in plan() if one.state == FAILED]
     if failed:
         raise CRDError(f"{len(failed)} of {len(cells)} runs failed, {', '.join(failed)}; see log.txt in their folders "
                        f"in {out}, and use --retry")  # fmt: skip
 
 
 def run_planned(
-    suite: Suite,
-    planned: Sequence[Planned],
-    recorded: Collection[Cell],
-    out: Path,
-    args: argparse.Namespace,
-    lock: int,
+    planned: Sequence[Planned], plan_again: Callable[[], list[Planned]], args: argparse.Namespace, lock: int
 ) -> None:
     """Run what is to do, and tell of every start and end."""
-    cells = [one.cell for one in planned]
 
     def started(job: Job) -> None:
         _say(f"start {job.folder.cell}")
@@ -82,8 +79,7 @@ def run_planned(
         if not args.keep_weights:
             job.folder.drop_checkpoints()
         peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
-        now = plan_cells(suite, cells, out, _execution(args), recorded)
-        left = outlook(now, args.jobs)
+        left = outlook(plan_again(), args.jobs)
         _say(f"done {cell}: {took}, {peak}; {left}")
 
     Runner(args.jobs, lock, started, ended).run(to_do(planned, args.retry))
