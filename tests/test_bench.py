@@ -95,7 +95,12 @@ def test_a_suite_is_run_stopped_gone_on_with_and_summarised(
     with alone(out):  # no process was left behind
         pass
 
-    assert main([*bench, "--arms", "strong", "--keep-weights"]) == 0
+    with monkeypatch.context() as patched:  # as if it were killed before the end: numbers are there after each run
+        patched.setattr("crd.bench.command.summarise", lambda suite, out, recorded: True)
+        assert main([*bench, "--arms", "strong", "--keep-weights"]) == 0
+    assert [one["update"] for one in lines(out / "results.jsonl") if one["arm"] == "strong"] == [0, 1, 2, 3]
+    assert [one["state"] for one in lines(out / "cells.jsonl")] == ["started", "finished"]
+    assert not (out / "report.md").exists()
     assert list((out / "bright/strong/seed-0/run/checkpoints").glob("update-*"))
     capsys.readouterr()
 

@@ -77,6 +77,26 @@ def test_equal_images_and_equal_seconds(comparison: Comparison) -> None:
         assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
+def test_seconds_on_another_gpu_do_not_compare(outcomes: list[Outcome]) -> None:
+    there = [replace(one, environment={"gpu": "a GPU"}) if one.cell.arm == "slow" else one for one in outcomes]
+    found = compare_arms(there, ARMS, "crd")
+    assert found is not None
+    assert found.untimed == tuple(f"task/slow/seed-{seed}" for seed in (0, 1, 2))
+
+
+def test_memory_of_a_gpu_is_told_where_there_is_one(outcomes: list[Outcome], tmp_path: Path) -> None:
+    """Training reports it for each update; the evaluation before the first has none."""
+    for one in outcomes:
+        size = 3e9 if one.cell.arm == "slow" else 1.5e9
+        one.curve.values["train_gpu_peak_bytes"] = np.array([math.nan, size, size])  # type: ignore[index]
+    text = write_report(tmp_path, SUITE, outcomes, {}, {}).read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    found = next(at for at, row in enumerate(rows) if row[0] == "peak memory of the GPU, GB")
+    assert rows[found][1:3] == ["1.50 [1.50, 1.50]", "3.00 [3.00, 3.00]"]
+    assert rows[found + 1][0] == "ratio"
+    assert "**2.00 [2.00, 2.00]**" in rows[found + 1]
+
+
 def test_a_difference_is_paired_by_seed(comparison: Comparison) -> None:
     """Seeds shift both arms alike: the mean is uncertain, the difference is not."""
     mean, difference = comparison.mean("slow", "reward"), comparison.difference("slow", "reward")
@@ -186,10 +206,8 @@ def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
     assert rows[-2:] == [["training, s", *(f"{s} [{s}, {s}]" for s in (20, 40, 20))],
                          ["ratio", "", "**2.00 [2.00, 2.00]**", "1.00 [1.00, 1.00]"]]  # fmt: skip
     assert "hacks" in text.split("Without a distance to the anchor")[1].splitlines()[0]
-    assert (
-        "a processor, 2 cores; runs at a time x threads: 2 x 1; compile: no; mixed precision: unknown; commit: abc+"
-        in text
-    )
+    assert "a processor, 2 cores; runs at a time x threads: 2 x 1; GPU: none; compile: no; mixed precision: un" in text
+    assert "unknown; commit: abc+" in text
     assert "- task/slow/seed-9: out of memory" in text
 
 

@@ -244,6 +244,19 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(world: World) -> None:
     assert parameter.tolist() == [1.0, 1.0]
 
 
+def test_the_peak_of_an_update_is_told_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, calls = Engine("no", "cpu"), list[torch.device]()
+    engine.restart_peak_memory()
+    assert engine.peak_memory() == {}
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(Engine, "device", gpu)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 if device == gpu else 0)
+    engine.restart_peak_memory()
+    assert calls == [gpu]
+    assert engine.peak_memory() == {"gpu_peak_bytes": 7.0}
+
+
 def test_step_clips_and_clears(world: World) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])

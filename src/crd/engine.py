@@ -53,6 +53,9 @@ class Engine:
             raise CRDError(f"mixed_precision must be no, bf16 or auto, got {mixed_precision!r}; use bf16")
         if cpu:
             keep_freed_memory()
+        else:
+            # Judges and the VAE compute in float32, their convolutions too.
+            torch.backends.cudnn.allow_tf32 = False
         if mixed_precision == "auto":
             mixed_precision = "bf16" if _fast_bf16(cpu) else "no"
         self._sharding = _sharding(mixed_precision)
@@ -85,6 +88,17 @@ class Engine:
         if self._sharding is None:
             return "ddp"
         return "fsdp2" if self._sharding.reshard_after_forward is True else "zero2"
+
+    def restart_peak_memory(self) -> None:
+        """From here on `peak_memory` counts."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory(self) -> dict[str, float]:
+        """Most bytes in tensors on this process's GPU since `restart_peak_memory`, as a metric; {} on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        return {"gpu_peak_bytes": float(torch.cuda.max_memory_allocated(self.device))}
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision of network calls; losses are computed outside of it."""

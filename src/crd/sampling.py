@@ -81,7 +81,8 @@ def sample(
     rows_per_call = total if micro_batch is None else micro_batch
     grid = backbone.grid(num_steps, height, width, solver)
     noise = initial_noise(image_seed, backbone.latent_shape(height, width))
-    steps = len(grid.times)
+    times = grid.times.to(backbone.device)  # once: a copy at every step would wait for the GPU
+    steps = len(times)
     calls = steps * -(-total // rows_per_call)
     done: list[Tensor] = []
     for rows in torch.arange(total).split(rows_per_call):
@@ -89,7 +90,7 @@ def sample(
         x = grid.start * noise[rows].to(backbone.device)
         advance = grid.stepper() if stepper is None else stepper(rows)
         for step in range(steps):
-            t = grid.times[step].expand(len(rows)).to(backbone.device)
+            t = times[step].expand(len(rows))
             v = guided_velocity(backbone, denoiser, x, t, cond, uncond, guidance_scale)
             x = advance(step, x, v)
             if progress is not None:

@@ -190,7 +190,8 @@ class CRDTrainer:
             going = self._evaluate_and_save() if missed else True
             while going and self.progress.updates_done < config.updates:
                 started = time.perf_counter()
-                metrics = self._update_or_save()
+                self.engine.restart_peak_memory()
+                metrics = self._update_or_save() | self.engine.peak_memory()
                 seconds = time.perf_counter() - started
                 self.books.log(self.progress.updates_done, "train", {**metrics, "seconds": seconds})
                 print_update(self.progress.updates_done, config.updates, metrics, seconds)

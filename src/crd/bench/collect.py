@@ -45,9 +45,9 @@ class Outcome:
         return self.state == FINISHED
 
     @property
-    def conditions(self) -> frozenset[tuple[str, int, int, int, str]]:
-        """Those of all attempts."""
-        return frozenset(one.conditions for one in self.attempts)
+    def conditions(self) -> tuple[str | None, frozenset[tuple[str, int, int, int, str]]]:
+        """The GPU, if there is one, and those of all attempts."""
+        return self.environment.get("gpu"), frozenset(one.conditions for one in self.attempts)
 
     @property
     def undisturbed(self) -> bool:

@@ -55,7 +55,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     with alone(out) as lock:
-        run_planned(planned, plan, args, lock)
+        run_planned(planned, plan, args, lock, lambda: _keep(suite, out, recorded))
         summarise(suite, out, recorded)
     failed = [str(one.cell) for one in plan() if one.state == FAILED]
     if failed:
@@ -64,9 +64,13 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def run_planned(
-    planned: Sequence[Planned], plan_again: Callable[[], list[Planned]], args: argparse.Namespace, lock: int
+    planned: Sequence[Planned],
+    plan_again: Callable[[], list[Planned]],
+    args: argparse.Namespace,
+    lock: int,
+    keep: Callable[[], None],
 ) -> None:
-    """Run what is to do, and tell of every start and end."""
+    """Run what is to do, and tell of every start and end; `keep` is called whenever a run has finished."""
 
     def started(job: Job) -> None:
         _say(f"start {job.folder.cell}")
@@ -79,6 +83,7 @@ def run_planned(
         if not args.keep_weights:
             job.folder.drop_checkpoints()
         peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
+        keep()
         left = outlook(plan_again(), args.jobs)
         _say(f"done {cell}: {took}, {peak}; {left}")
 
@@ -96,13 +101,7 @@ def summarise(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> bool
     Raises:
         CRDError: a run folder is damaged, arms do not compare, or the files cannot be written.
     """
-    # Of arms that were never begun, not even the settings need to hold.
-    begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
-    planned = plan_cells(suite, begun, out, {}, recorded)
-    check_measured(suite, [*begun, *recorded])
-    here = collect(planned)
-    told = {**{one.cell: one for one in here}, **recorded, **{one.cell: one for one in here if one.finished}}
-    outcomes = [told[cell] for cell in suite.cells() if cell in told]
+    planned, here, outcomes = _gather(suite, out, recorded)
     if not outcomes:
         return False
     write_results(out, outcomes)
@@ -112,6 +111,31 @@ def summarise(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> bool
     report = write_report(out, suite, outcomes, failures(planned), figures)
     _say(f"wrote {report}, {sum(map(len, figures.values()))} figures, results.jsonl and cells.jsonl")
     return True
+
+
+def _gather(
+    suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]
+) -> tuple[list[Planned], list[Outcome], list[Outcome]]:
+    """Runs that were begun in `out`, what came of them, and what came of all, recorded ones included.
+
+    Raises:
+        CRDError: a run folder is damaged, or arms do not compare.
+    """
+    # Of arms that were never begun, not even the settings need to hold.
+    begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
+    planned = plan_cells(suite, begun, out, {}, recorded)
+    check_measured(suite, [*begun, *recorded])
+    here = collect(planned)
+    told = {**{one.cell: one for one in here}, **recorded, **{one.cell: one for one in here if one.finished}}
+    return planned, here, [told[cell] for cell in suite.cells() if cell in told]
+
+
+def _keep(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> None:
+    """results.jsonl and cells.jsonl of what there is, for whoever looks, or has to stop, before the end."""
+    try:
+        write_results(out, _gather(suite, out, recorded)[2])
+    except CRDError as error:  # told again, and as a failure, at the end; the runs that are left need not wait for it
+        _say(str(error), style="yellow")
 
 
 def _execution(args: argparse.Namespace) -> dict[str, Any]:

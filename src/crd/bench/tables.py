@@ -12,6 +12,7 @@ from crd.bench.collect import WAITING, Outcome
 from crd.bench.compare import (
     DRIFT,
     EQUAL_REWARD,
+    GPU_PEAK,
     OWN_IMAGES,
     PEAK,
     REFERENCE_IMAGES,
@@ -90,6 +91,7 @@ def _measured_on(outcomes: Sequence[Outcome]) -> list[str]:
     facts = {
         "processor": {f"{one.processor}, {one.cores} cores" for one in attempts},
         "runs at a time x threads": {f"{one.jobs} x {one.threads}" for one in attempts},
+        "GPU": {str(one.environment.get("gpu") or "none") for one in outcomes},
         "compile": {one.compile for one in attempts},
         "mixed precision": {str(one.settings.get("mixed_precision", "unknown")) for one in outcomes},
         "commit": {one.commit or "not in git" for one in attempts},
@@ -147,7 +149,10 @@ def _table(comparison: Comparison, arms: Sequence[str], tell: Sequence[str]) -> 
         if name in comparison.scores:
             table.mean("mean change over its rewards", f"{DRIFT}{name}")
             table.at_equal_reward(name)
-    for label, measure, form in (("peak memory, GB", PEAK, _gigabytes), ("training, s", SECONDS, _whole)):
+    costs = [("peak memory, GB", PEAK, _gigabytes), ("training, s", SECONDS, _whole)]
+    if any(not math.isnan(value) for arm in arms for value in comparison.values(arm, GPU_PEAK)):
+        costs.insert(1, ("peak memory of the GPU, GB", GPU_PEAK, _gigabytes))
+    for label, measure, form in costs:
         table.mean(label, measure, form)
         table.ratio(measure)
     return _markdown(["", *arms], table.rows)

@@ -204,6 +204,8 @@ def load_image_text(folder: Path = FOLDER) -> ImageTextModel:
     Raises:
         CRDError: no such model, a damaged file, or one that was trained for other captions.
     """
+    # The fused layer of torch takes another GELU on a GPU than on a CPU.
+    torch.backends.mha.set_fastpath_enabled(False)
     model = build_image_text()
     again = "reinstall crd, or train it: python -m crd.tiny.train_image_text"
     load_trained(model, folder / NAME, _MEANING, kind="image-text", name="model", again=again)
