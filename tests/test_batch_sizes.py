@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,19 @@ def test_tensors_of_a_failed_attempt_are_gone_before_the_next() -> None:
     assert BatchSize("micro_batch", 8).run(work, 8)
 
 
+def raising(error: Exception) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
 def test_what_counts_as_out_of_memory() -> None:
     with pytest.raises(ShortOfMemoryError):
         in_memory(lambda: torch.empty(2**60, dtype=torch.uint8), ALONE, sharded=False)  # what the CPU says
+    for words in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"):
+        with pytest.raises(ShortOfMemoryError):
+            in_memory(raising(RuntimeError(words)), ALONE, sharded=False)
     with pytest.raises(RuntimeError, match="shapes"):
         in_memory(lambda: torch.ones(2, 3) @ torch.ones(2, 3), ALONE, sharded=False)
     assert in_memory(lambda: None, ALONE, sharded=True) is None

@@ -277,3 +277,10 @@ def test_step_clips_and_clears(world: World) -> None:
 def test_what_the_process_cannot_do_is_refused(world: World, precision: str, device: str, message: str) -> None:
     with pytest.raises(CRDError, match=message):
         Engine(precision, device)
+
+
+def test_a_process_on_the_cpu_does_not_silently_stay_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate keeps the device of the first engine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(CRDError, match="already runs on the CPU, got cuda"):
+        Engine("no", "cuda")

@@ -14,7 +14,8 @@ from crd.ranks import Ranks
 
 T = TypeVar("T")
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+# What torch says where it has no class of its own for it: on the CPU, in the CUDA runtime, and in cuBLAS.
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class BatchSize:
@@ -94,5 +95,5 @@ def in_memory(work: Callable[[], T], ranks: Ranks, *, sharded: bool) -> T:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch could not allocate, on a GPU or on the CPU, which has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
+    """Whether torch could not allocate, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)

@@ -60,6 +60,8 @@ class Engine:
             mixed_precision = "bf16" if _fast_bf16(cpu) else "no"
         self._sharding = _sharding(mixed_precision)
         self.accelerator = _accelerator(mixed_precision, cpu, peer_timeout)
+        if not cpu and self.accelerator.device.type == "cpu":
+            raise CRDError("this process already runs on the CPU, got cuda; restart it or use device=cpu")
         if self.sharded and not dist.is_initialized():
             raise CRDError("Accelerate was configured for FSDP and started one process alone; launch without --cpu, or "
                            "run crd without accelerate launch")  # fmt: skip

@@ -52,6 +52,8 @@ class Outcome:
     @property
     def undisturbed(self) -> bool:
         """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known."""
+        if not self.attempts:
+            return False
         waited = sum(one.waited_seconds or 0.0 for one in self.attempts)
         return waited <= WAITING * sum(one.seconds for one in self.attempts)
 
