@@ -42,7 +42,7 @@ train-ocr: $(VENV)/.runtime ## the longer OCR recipe; a new folder runs/ocr-tiny
 train-geneval: $(VENV)/.runtime ## train it on its GenEval reward; a new folder runs/geneval-tiny*
 	@$(call fresh,geneval-tiny); set -x; $(BIN)/crd train geneval-tiny --output_dir "$$out" $(ARGS)
 
-results-quick: $(VENV)/.bench ## compare the objectives on small runs, about 40 minutes on 2 fast cores; resumable, in runs/bench-quick
+results-quick: $(VENV)/.bench ## compare the objectives on small runs, under an hour on 2 cores; resumable, in runs/bench-quick
 	$(BIN)/crd bench quick --output_dir runs/bench-quick --jobs $(JOBS) $(ARGS)
 
 results: $(VENV)/.bench ## the full comparison and the ablations, 13 to 40 hours on 2 cores; resumable, in runs/bench-*
