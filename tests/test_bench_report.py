@@ -206,8 +206,10 @@ def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
     assert rows[-2:] == [["training, s", *(f"{s} [{s}, {s}]" for s in (20, 40, 20))],
                          ["ratio", "", "**2.00 [2.00, 2.00]**", "1.00 [1.00, 1.00]"]]  # fmt: skip
     assert "hacks" in text.split("Without a distance to the anchor")[1].splitlines()[0]
-    assert "a processor, 2 cores; runs at a time x threads: 2 x 1; GPU: none; compile: no; mixed precision: un" in text
-    assert "unknown; commit: abc+" in text
+    assert (
+        "a processor, 2 cores; runs at a time x threads: 2 x 1; GPU: none; compile: no; "
+        "mixed precision: unknown; commit: abc+" in text
+    )
     assert "- task/slow/seed-9: out of memory" in text
 
 

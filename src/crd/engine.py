@@ -54,7 +54,7 @@ class Engine:
         if cpu:
             keep_freed_memory()
         else:
-            # Judges and the VAE compute in float32, their convolutions too.
+            # What is float32, the judges above all, is so in its convolutions too.
             torch.backends.cudnn.allow_tf32 = False
         if mixed_precision == "auto":
             mixed_precision = "bf16" if _fast_bf16(cpu) else "no"

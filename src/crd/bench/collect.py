@@ -51,7 +51,10 @@ class Outcome:
 
     @property
     def undisturbed(self) -> bool:
-        """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known."""
+        """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known.
+
+        Of a run whose attempts were lost nothing is.
+        """
         if not self.attempts:
             return False
         waited = sum(one.waited_seconds or 0.0 for one in self.attempts)

@@ -49,6 +49,10 @@ class Comparison:
         """A measure of every seed of an arm; NaN where it does not apply."""
         return [found.get(measure, math.nan) for found in self.arms[arm].values()]
 
+    def known(self, measure: str) -> bool:
+        """Whether any run has such a value."""
+        return not all(math.isnan(value) for arm in self.arms for value in self.values(arm, measure))
+
     def applying(self, arm: str, measure: str) -> list[float]:
         """Likewise, without the seeds that the reference has not finished; NaN where a run has no such value."""
         return [found[measure] for found in self.arms[arm].values() if measure in found]
@@ -147,5 +151,4 @@ def _known(curve: Curve, scores: Sequence[str]) -> list[str]:
 
 def told_scores(comparison: Comparison) -> list[str]:
     """What tables and figures tell beside the reward: held-out scores, diversity and distances, if they apply."""
-    wanted, arms = (*comparison.scores, *STATE), comparison.arms
-    return [name for name in wanted if not all(math.isnan(v) for arm in arms for v in comparison.values(arm, name))]
+    return [name for name in (*comparison.scores, *STATE) if comparison.known(name)]

@@ -149,12 +149,15 @@ def _table(comparison: Comparison, arms: Sequence[str], tell: Sequence[str]) -> 
         if name in comparison.scores:
             table.mean("mean change over its rewards", f"{DRIFT}{name}")
             table.at_equal_reward(name)
-    costs = [("peak memory, GB", PEAK, _gigabytes), ("training, s", SECONDS, _whole)]
-    if any(not math.isnan(value) for arm in arms for value in comparison.values(arm, GPU_PEAK)):
-        costs.insert(1, ("peak memory of the GPU, GB", GPU_PEAK, _gigabytes))
+    costs = (
+        ("peak memory, GB", PEAK, _gigabytes),
+        ("peak memory of the GPU, GB", GPU_PEAK, _gigabytes),
+        ("training, s", SECONDS, _whole),
+    )
     for label, measure, form in costs:
-        table.mean(label, measure, form)
-        table.ratio(measure)
+        if measure != GPU_PEAK or comparison.known(measure):
+            table.mean(label, measure, form)
+            table.ratio(measure)
     return _markdown(["", *arms], table.rows)
 
 
