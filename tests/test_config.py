@@ -87,6 +87,7 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str, tmp_path: Path) -
         ("timestep_fraction", "nan"), ("beta", "inf"), ("loss_scale", "inf"), ("learning_rate", "inf"),
         ("learning_rate", "nan"), ("kl_max", "inf"), ("anchor_guidance", "nan"), ("eval_base_guidance", ["nan"]),
         ("base_dtype", "float16"), ("mixed_precision", "fp16"), ("lora_targets", 3),
+        ("kl_start_scale", 0), ("kl_start_scale", "inf"), ("kl_start_scale", "nan"), ("kl_ramp_updates", -1),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
@@ -106,6 +107,10 @@ def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
         ({"kl_max": 0.0, "kl_gate": "constant", "kl_min": 0.01},
          ["kl_gate=constant changes nothing with kl_max=0", "kl_min=0.01 changes nothing with kl_max=0"]),
         ({"kl_gate": "constant", "kl_min": 0.01}, ["kl_min=0.01 changes nothing with kl_gate=constant"]),
+        ({"kl_start_scale": 6.0}, ["kl_start_scale=6.0 changes nothing with kl_ramp_updates=0"]),
+        ({"kl_ramp_updates": 9}, ["kl_ramp_updates=9 changes nothing with kl_start_scale=1"]),
+        ({"kl_max": 0.0, "kl_start_scale": 6.0, "kl_ramp_updates": 9},
+         ["kl_start_scale=6.0 changes nothing with kl_max=0", "kl_ramp_updates=9 changes nothing with kl_max=0"]),
         ({"kl_gate": "advantage", "kl_reward_range": (0.0, 2.0), "kl_min": 0.01},
          ["kl_reward_range=(0.0, 2.0) changes nothing with kl_gate=advantage"]),
         ({"decouple_sampler": False, "sampler_end": 0.9},

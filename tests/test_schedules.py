@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from crd.errors import CRDError
-from crd.schedules import LearningRate, RampDecay
+from crd.schedules import KLRamp, LearningRate, RampDecay
 
 
 def test_published_old_schedule() -> None:
@@ -62,3 +62,10 @@ def test_learning_rate_without_ramps_is_constant() -> None:
 def test_a_fall_longer_than_the_run_is_refused() -> None:
     with pytest.raises(CRDError, match=r"cooldown_updates must lie in 0\.\.updates=10, got 11"):
         LearningRate(0.8, 0, 11, 10)
+
+
+@pytest.mark.parametrize(("start", "updates", "wanted"), [
+    (8.0, 3, [8.0, 4.0, 2.0, 1.0, 1.0]), (0.25, 2, [0.25, 0.5, 1.0, 1.0]), (8.0, 0, [1.0, 1.0]), (1.0, 3, [1.0] * 5),
+])  # fmt: skip
+def test_the_factor_of_the_kl_goes_to_one_by_equal_ratios(start: float, updates: int, wanted: list[float]) -> None:
+    assert [KLRamp(start, updates).scale(done) for done in range(len(wanted))] == pytest.approx(wanted, abs=1e-15)

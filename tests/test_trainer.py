@@ -155,6 +155,14 @@ def test_the_first_updates_can_distil_the_anchor_alone(config: CRDConfig, object
     assert metrics[2]["signal_fraction"] == 1.0
 
 
+def test_the_kl_can_start_stronger_and_fall(config: CRDConfig) -> None:
+    falling = replace(config, kl_gate="constant", kl_start_scale=4.0, kl_ramp_updates=2)
+    weights, metrics = policy_after(falling, updates=3)
+    assert [one["kl_strength_mean"] for one in metrics] == pytest.approx([config.kl_max * x for x in (4.0, 2.0, 1.0)])
+    constant, _ = policy_after(replace(config, kl_gate="constant"), updates=3)
+    assert not same(weights, constant)
+
+
 def test_without_an_anchor_there_is_nothing_to_distil(config: CRDConfig) -> None:
     with pytest.raises(CRDError, match="distill_updates=1 trains the KL to the anchor alone, got kl_max=0; set kl_max"):
         replace(config, kl_max=0.0, distill_updates=1)

@@ -321,6 +321,15 @@ def test_raise_kl_doubles_the_strengths_up_to_eight(hacking: CRDConfig, tmp_path
     trained(raising, parts, resume=True)
     assert kl_scales(parts) == scales
     assert files(parts) == files(straight)
+    # A ramp of the strengths goes on beneath, and where the run was resumed.
+    ramped = replace(raising, kl_start_scale=4.0, kl_ramp_updates=4)
+    ramp = trained(replace(ramped, updates=3), tmp_path / "ramp")
+    trained(ramped, ramp, resume=True)
+    raised_to = [1.0, *kl_scales(ramp)[:-1]]
+    assert max(raised_to) > 1
+    factors = [raised * 4 ** max(0.0, 1 - done / 4) for done, raised in enumerate(raised_to)]
+    trained_at = [record["kl_strength_mean"] for record in read_metrics(ramp, "train")]
+    assert trained_at == pytest.approx([raising.kl_max * factor for factor in factors])
     resumed = CRDTrainer(args=replace(raising, output_dir=str(parts)))
     resumed.train(resume=True)
     assert resumed.progress.kl_scale == KL_SCALE_MAX

@@ -16,7 +16,7 @@ from crd.flow import EULER, INDEPENDENT, SOLVERS, TIMESTEP_MODES
 from crd.objectives import objective_config
 from crd.objectives.base import TRAJECTORY
 from crd.objectives.kl import ObjectiveConfig
-from crd.schedules import LearningRate, RampDecay
+from crd.schedules import KLRamp, LearningRate, RampDecay
 from crd.setting_checks import check_option
 
 MIXED_PRECISION = ("auto", "no", "bf16")
@@ -105,6 +105,8 @@ class CRDConfig:
     kl_min: float = 1e-4
     kl_max: float = 0.1  # 0 = no anchor
     kl_reward_range: tuple[float, float] = (0.0, 1.0)
+    kl_start_scale: float = 1.0  # of both strengths in the first update
+    kl_ramp_updates: int = 0  # the first ones, over which that goes to 1
     distill_updates: int = 0  # the first ones, which train the KL term alone
 
     # Optimisation.
@@ -197,6 +199,7 @@ class CRDConfig:
         self.rate_schedule()
         self.old_schedule()
         self.sampler_schedule()
+        self.kl_ramp()
         if TRAJECTORY in needs:
             self._check_trajectories()
 
@@ -276,6 +279,10 @@ class CRDConfig:
     def sampler_schedule(self) -> RampDecay:
         """Decay of the `sampler` snapshot over optimizer steps."""
         return RampDecay(self.sampler_start, self.sampler_slope, self.sampler_start_step, self.sampler_end)
+
+    def kl_ramp(self) -> KLRamp:
+        """Factor of the KL strengths over updates."""
+        return KLRamp(self.kl_start_scale, self.kl_ramp_updates)
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` of it gives the same object."""

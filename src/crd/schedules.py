@@ -1,10 +1,12 @@
-"""Numbers that change while a run goes on: how slowly a snapshot follows the policy, how fast the policy learns."""
+"""Numbers that change while a run goes on: how slowly a snapshot follows the policy, how fast the policy learns, how
+strongly the anchor holds it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from crd.errors import CRDError
+from crd.setting_checks import check_bounded, check_positive
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,38 @@ class LearningRate:
         if self.cooldown_updates == 0:
             return self.peak * rise
         return self.peak * rise * min(1.0, (self.updates - updates_done) / self.cooldown_updates)
+
+
+@dataclass(frozen=True)
+class KLRamp:
+    """Factor of both KL strengths, which goes from `start` to 1 by equal ratios over the first updates.
+
+        scale(u) = start^(1 - u / updates)    for u < updates
+        scale(u) = 1                          from then on
+
+    Above 1 the anchor teaches first, and holds less firmly afterwards; below 1 it comes in slowly.
+
+    Args:
+        start: factor of the first update, above 0.
+        updates: length of the ramp, at least 0; 0 = none.
+
+    Raises:
+        CRDError: a value out of range.
+    """
+
+    start: float
+    updates: int
+
+    def __post_init__(self) -> None:
+        check_positive("kl_start_scale", self.start)
+        check_bounded("kl_start_scale", self.start)
+        if self.updates < 0:
+            raise CRDError(
+                f"kl_ramp_updates must be at least 0, got {self.updates}; 0 leaves the strengths as they are"
+            )
+
+    def scale(self, updates_done: int) -> float:
+        """Factor of the update after `updates_done` others."""
+        if updates_done >= self.updates:
+            return 1.0
+        return float(self.start ** (1 - updates_done / self.updates))

@@ -19,7 +19,7 @@ from crd.evaluation import EvalResult, Evaluator, SamplingSettings, encode_uncon
 from crd.execution import cache_prompts
 from crd.export import export_lora, export_pipeline
 from crd.loading import build_optimizer, checkpoint_number
-from crd.objectives.base import TRAJECTORY, Rows
+from crd.objectives.base import TRAJECTORY, Objective, Rows
 from crd.optimizer_batch import RowVelocities, blank_rows, build_rows, learning_signal
 from crd.planning.automatic import batch_sizes
 from crd.records import RewardOutput, Rollout
@@ -90,7 +90,6 @@ class CRDTrainer:
         self.backbone, self.snapshots, self.sigmas = parts.backbone, parts.snapshots, parts.sigmas
         self.snapshots.adopt(self.engine.prepare(self.snapshots.module), sharded=self.engine.sharded)
         self.optimizer = self.engine.prepare_optimizer(build_optimizer(self.snapshots, config))
-        self.objective = config.objective_config().build()
         self.trained_guidance = self.backbone.trained_scale(config.rollout_guidance)
         self.uncond = encode_unconditional(self.backbone, self.engine, config.height, config.width)
         self.rollouts = Rollouts(
@@ -179,7 +178,6 @@ class CRDTrainer:
             raise CRDError(f"updates={self.args.updates} is below the {number} that are done; raise it")
         checkpoint = self.books.checkpoints.load(number)
         self.progress = restore(checkpoint, self.snapshots, self.optimizer, self.train_data)
-        self._set_kl(self.progress.kl_scale)
 
     def _run(self, resume_from: int | None, missed: bool) -> None:
         """Evaluation before, or the one that was `missed`; then updates with their logging, evaluation, checkpoints."""
@@ -222,6 +220,12 @@ class CRDTrainer:
         self.progress.updates_done += 1
         self.progress.images_drawn += len(plan.batch)
         return {**metrics, "images": float(self.progress.images_drawn)}
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of the next update, whose KL strengths follow the settings, their ramp and the alarm."""
+        scale = self.progress.kl_scale * self.args.kl_ramp().scale(self.progress.updates_done)
+        return self.args.objective_config().with_kl_times(scale).build()
 
     def plan(self, number: int) -> UpdatePlan:
         """The images of update `number`, and who draws which."""
@@ -339,7 +343,6 @@ class CRDTrainer:
             final = final or verdict.stop
             if verdict.raise_kl:
                 self.progress.kl_scale *= 2
-                self._set_kl(self.progress.kl_scale)
                 console.print(f"the alarm raises the KL strengths to {self.progress.kl_scale:g} times their settings")
         # A checkpoint that is there already is one without what this evaluation changed: it had failed before.
         stale = self.books.has_checkpoint(done)
@@ -357,9 +360,6 @@ class CRDTrainer:
     def _evaluation_is_due(self) -> bool:
         every, done = self.args.eval_every, self.progress.updates_done
         return done == self.args.updates or (every > 0 and done % every == 0)
-
-    def _set_kl(self, scale: float) -> None:
-        self.objective = self.args.objective_config().with_kl_times(scale).build()
 
     def _log_evaluation(self) -> Verdict | None:
         """Evaluation of the policy, logged and judged; None without evaluation prompts."""

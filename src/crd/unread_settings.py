@@ -22,7 +22,9 @@ def unread_settings(config: CRDConfig) -> list[str]:
     schedule = ("start", "slope", "start_step", "end")
     off = {
         f"centering={config.centering}": (config.centering != "tempered", ["tau"]),
-        "kl_max=0": (config.kl_max == 0, ["kl_gate", "kl_min", "kl_reward_range"]),
+        "kl_max=0": (config.kl_max == 0, ["kl_gate", "kl_min", "kl_reward_range", "kl_start_scale", "kl_ramp_updates"]),
+        "kl_start_scale=1": (config.kl_start_scale == 1, ["kl_ramp_updates"]),
+        "kl_ramp_updates=0": (config.kl_ramp_updates == 0, ["kl_start_scale"]),
         "kl_gate=constant": (config.kl_gate == "constant", ["kl_min", "kl_reward_range"]),
         "kl_gate=advantage": (config.kl_gate == "advantage", ["kl_reward_range"]),
         "decouple_sampler=false": (SAMPLER not in roles, [f"sampler_{name}" for name in schedule]),
