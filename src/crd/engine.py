@@ -23,6 +23,7 @@ from crd.ranks import Ranks
 from crd.sharding import shard, whole
 from crd.shares import Share
 
+GPU_PEAK = "gpu_peak_bytes"  # a metric of each update
 Forward = Callable[[Tensor], DenoiserOutputs]  # row indices (n,) -> velocities of those rows, with gradient
 
 
@@ -100,7 +101,7 @@ class Engine:
         """Most bytes in tensors on this process's GPU since `restart_peak_memory`, as a metric; {} on a CPU."""
         if self.device.type != "cuda":
             return {}
-        return {"gpu_peak_bytes": float(torch.cuda.max_memory_allocated(self.device))}
+        return {GPU_PEAK: float(torch.cuda.max_memory_allocated(self.device))}
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision of network calls; losses are computed outside of it."""

@@ -21,6 +21,7 @@ from crd.bench.analysis import (
     value_at,
 )
 from crd.bench.collect import TRAINING, Outcome
+from crd.engine import GPU_PEAK
 from crd.eval_record import DIVERSITY, HELD_OUT
 
 KL_TO_ANCHOR, KL_TO_BASE = "kl_to_anchor", "kl_to_base"
@@ -28,8 +29,8 @@ STATE = (DIVERSITY, KL_TO_BASE, KL_TO_ANCHOR)  # of a model, told and drawn besi
 REWARD_BY_SECONDS = "reward_by_seconds"
 OWN_IMAGES, REFERENCE_IMAGES, SPEED = "images_to_own_gain", "images_to_reference_gain", "reference_speed"
 PEAK, SECONDS = "peak_memory_bytes", "seconds"
-GPU_PEAK = f"{TRAINING}gpu_peak_bytes"  # of an update; no run on a CPU has it
-FACTORS = frozenset({OWN_IMAGES, REFERENCE_IMAGES, PEAK, GPU_PEAK, SECONDS})
+TRAINING_PEAK = f"{TRAINING}{GPU_PEAK}"  # of an update; no run on a CPU has it
+FACTORS = frozenset({OWN_IMAGES, REFERENCE_IMAGES, PEAK, TRAINING_PEAK, SECONDS})
 DRIFT, EQUAL_REWARD = "drift_", "at_equal_reward_"  # and the name of a score
 
 

@@ -12,13 +12,13 @@ from crd.bench.collect import WAITING, Outcome
 from crd.bench.compare import (
     DRIFT,
     EQUAL_REWARD,
-    GPU_PEAK,
     OWN_IMAGES,
     PEAK,
     REFERENCE_IMAGES,
     REWARD_BY_SECONDS,
     SECONDS,
     SPEED,
+    TRAINING_PEAK,
     Comparison,
     compare_arms,
     held_out_scores,
@@ -151,11 +151,11 @@ def _table(comparison: Comparison, arms: Sequence[str], tell: Sequence[str]) -> 
             table.at_equal_reward(name)
     costs = (
         ("peak memory, GB", PEAK, _gigabytes),
-        ("peak memory of the GPU, GB", GPU_PEAK, _gigabytes),
+        ("peak memory of the GPU, GB", TRAINING_PEAK, _gigabytes),
         ("training, s", SECONDS, _whole),
     )
     for label, measure, form in costs:
-        if measure != GPU_PEAK or comparison.known(measure):
+        if measure != TRAINING_PEAK or comparison.known(measure):
             table.mean(label, measure, form)
             table.ratio(measure)
     return _markdown(["", *arms], table.rows)
