@@ -95,7 +95,7 @@ class CRDTrainer:
         self.rollouts = Rollouts(
             self.backbone, self.snapshots, self.engine, self.rewards,
             self._sampling(config.rollout_steps, config.rollout_guidance), self.uncond, sampling_role(config),
-            SDESteps.of(self.sigmas, config.sde_noise) if TRAJECTORY in self.objective.needs else None,
+            SDESteps.of(self.sigmas, config.sde_noise) if TRAJECTORY in config.needs else None,
         )  # fmt: skip
         self.watch = self._build_watch()
 
@@ -243,7 +243,7 @@ class CRDTrainer:
         """What the engine calls: velocities of all roles at `rows`, noised to `t` (N,) by noise called `name`."""
         return RowVelocities(
             backbone=self.backbone, snapshots=self.snapshots, engine=self.engine, rollout=rollout, rows=rows, t=t,
-            needs=self.objective.needs, uncond=self.uncond, trained_guidance=self.trained_guidance,
+            needs=self.args.needs, uncond=self.uncond, trained_guidance=self.trained_guidance,
             anchor_guidance=self.args.anchor_guidance, cache=self.args.cache_references, name=name,
             share_noise=self.args.share_noise,
         )  # fmt: skip
