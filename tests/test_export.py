@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_families import tiny_family
 from tiny_pipelines import tiny_pipeline
 
 import crd.export
@@ -114,6 +118,55 @@ def test_lora_comes_back(lora_run: tuple[SD3Backbone, Snapshots, Path]) -> None:
     from_file = Snapshots(bare.denoiser, "lora", settings, roles=())
     load_lora(from_file, folder)
     assert distance(our_pictures(bare, from_file), ours) <= 1
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_lora_of_diffusers_keeps_the_scale_that_its_header_says(rslora: bool, tmp_path: Path) -> None:
+    """As its training scripts write it: B as trained, and the LoraConfig in the header."""
+    stock = tiny_pipeline()
+    lora = LoraConfig(r=4, lora_alpha=16, use_rslora=rslora, target_modules=["to_v", "to_out.0"])
+    stock.transformer.add_adapter(lora)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in stock.transformer.named_parameters():
+            if ".lora_B." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    StableDiffusion3Pipeline.save_lora_weights(
+        str(tmp_path),
+        transformer_lora_layers=get_peft_model_state_dict(stock.transformer),
+        transformer_lora_adapter_metadata=stock.transformer.peft_config["default"].to_dict(),
+    )
+    fresh = SD3Backbone(tiny_pipeline(), max_sequence_length=LENGTH)
+    base = our_pictures(fresh, Snapshots(fresh.denoiser, "lora", LoraSettings(("to_v",), 1, 1.0)), "anchor")
+    bare = SD3Backbone(tiny_pipeline(), max_sequence_length=LENGTH)
+    snapshots = Snapshots(bare.denoiser, "lora", read_lora_settings(tmp_path), roles=())
+    load_lora(snapshots, tmp_path)
+    theirs = stock_pictures(stock)
+    assert distance(theirs, base) > 20
+    assert distance(theirs, our_pictures(bare, snapshots)) <= 1
+
+
+def test_a_lora_whose_settings_are_not_read_is_refused(
+    lora_run: tuple[SD3Backbone, Snapshots, Path], tmp_path: Path
+) -> None:
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_q": 2}}
+    header = {"lora_adapter_metadata": json.dumps(settings)}
+    save_file(load_file(lora_run[2] / LORA_FILE), tmp_path / LORA_FILE, header)
+    with pytest.raises(CRDError, match="alpha_pattern"):
+        read_lora_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "value"),
+    [("FLUX.2 klein", "is_distilled", True), ("SDXL", "force_zeros_for_empty_prompt", False)],
+)
+def test_options_of_the_pipeline_travel_along(family: str, option: str, value: bool, tmp_path: Path) -> None:
+    pipeline = tiny_family(family)
+    pipeline.register_to_config(**{option: value})
+    backbone = load_backbone(pipeline)
+    snapshots = Snapshots(backbone.denoiser, "lora", LoraSettings(backbone.lora_targets, 1, 1.0))
+    folder = export_pipeline(backbone, snapshots, tmp_path / "pipe")
+    assert json.loads((folder / "model_index.json").read_text())[option] is value
 
 
 def test_load_lora_refuses_what_does_not_fit(lora_run: tuple[SD3Backbone, Snapshots, Path], tmp_path: Path) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from crd.errors import CRDError
 from crd.snapshots import ANCHOR, POLICY, LoraSettings, Snapshots
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+_ADAPTER_SETTINGS = "lora_adapter_metadata"  # diffusers' name of a LoraConfig in the header of a LoRA file
 
 
 def export_lora(
@@ -64,7 +66,7 @@ def export_lora(
 
 
 def load_lora(snapshots: Snapshots, folder: str | Path, *, role: str = POLICY) -> None:
-    """Read a folder of `export_lora` back into a role, dividing B by alpha / rank again.
+    """Read a folder of `export_lora`, or a LoRA of diffusers, into a role, dividing B by the role's alpha / rank.
 
     Raises:
         CRDError: not in LoRA mode, no such file, an unreadable file, or other modules or another rank.
@@ -80,7 +82,7 @@ def load_lora(snapshots: Snapshots, folder: str | Path, *, role: str = POLICY) -
 
 
 def read_lora_settings(folder: str | Path) -> LoraSettings:
-    """Settings under which the file in `folder` loads as it is: its rank, alpha = rank, its modules.
+    """Settings under which what `load_lora` reads is kept as it is: the file's rank, alpha = rank, its modules.
 
     Raises:
         CRDError: no such file, an unreadable file, or several ranks in it.
@@ -120,7 +122,8 @@ def export_pipeline(
         CRDError: the folder is taken or cannot be written.
     """
     merged = _plain_copy(backbone, snapshots, role)
-    pipeline = type(backbone.pipeline)(**{**backbone.pipeline.components, backbone.denoiser_component: merged})
+    own = backbone.pipeline  # its components, and options such as `is_distilled` that are none
+    pipeline = type(own)(**{**own.components, **own.parameters, backbone.denoiser_component: merged})
     with _new_folder(Path(folder), overwrite) as temporary:
         pipeline.save_pretrained(str(temporary))
         settings = backbone.settings()
@@ -157,18 +160,41 @@ def _plain_copy(backbone: Backbone, snapshots: Snapshots, role: str) -> nn.Modul
 
 
 def _read_lora(folder: Path) -> dict[str, Tensor]:
-    """Adapter tensors of a diffusers LoRA folder, without the component prefix."""
+    """Adapter tensors of a diffusers LoRA folder, without the component prefix; its scale is inside B."""
     path = folder / LORA_FILE
     if not path.is_file():
         raise CRDError(f"{folder} has no {LORA_FILE}; give a folder written by crd export or crd train")
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+        settings = json.loads(header.get(_ADAPTER_SETTINGS, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise CRDError(f"cannot read {path}: {error}; the file is damaged, export it again") from error
     components = {name.split(".", 1)[0] for name in tensors}
     if len(components) != 1 or any(".lora_" not in name for name in tensors):
         raise CRDError(f"{path} must hold the LoRA of one denoiser, got parts {sorted(components)}; export it again")
-    return {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
+    prefix = f"{components.pop()}."
+    own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+    scale = _file_scale(path, own)
+    return {
+        name.removeprefix(prefix): scale * tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()
+    }
+
+
+def _file_scale(path: Path, settings: Mapping[str, Any]) -> float:
+    """What stock diffusers multiplies B A with: 1 of a file that does not say, as `export_lora` writes them."""
+    if not settings:
+        return 1.0
+    special = [name for name in ("use_dora", "alpha_pattern", "rank_pattern") if settings.get(name)]
+    try:
+        alpha, rank = float(settings["lora_alpha"]), float(settings["r"])
+    except (KeyError, TypeError, ValueError):
+        special += ["lora_alpha", "r"]
+    if special:
+        raise CRDError(f"{path} has a LoRA with settings that crd does not read ({', '.join(special)}); merge it into "
+                       "its model and give that") from None  # fmt: skip
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 @contextmanager
