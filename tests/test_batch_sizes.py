@@ -128,6 +128,8 @@ def test_what_counts_as_out_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         in_memory(lambda: torch.ones(2, 3) @ torch.ones(2, 3), ALONE, sharded=False)
     assert in_memory(lambda: None, ALONE, sharded=True) is None
+    with pytest.raises(ShortOfMemoryError):  # nobody is stranded by one process
+        in_memory(raising(torch.OutOfMemoryError("none left")), ALONE, sharded=True)
 
 
 # Runs.

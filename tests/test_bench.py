@@ -184,6 +184,9 @@ def test_other_settings_and_a_folder_in_use_are_refused(
             pass
     assert main(["bench", str(suite_file), "--output_dir", str(tmp_path / "none"), "--summary"]) == 2
     assert "has been evaluated yet" in capsys.readouterr().err
+    chosen = ["bench", str(suite_file), "--output_dir", str(out), "--summary", "--arms", "plain", "--dry-run"]
+    assert main(chosen) == 2
+    assert "tells of all runs that there are, got --arms, --dry-run; leave them out" in capsys.readouterr().err
 
 
 def test_the_sample_sheet_shows_the_base_model_and_the_arms_at_their_end(out: Path) -> None:

@@ -51,6 +51,27 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path / "run" / "checkpoints", keep=2)
 
 
+def test_others_may_read_as_far_as_the_umask_lets_them(folder: CheckpointFolder) -> None:
+    before = os.umask(0o027)
+    try:
+        path = folder.save(3, checkpoint(3.0))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
+
+
+def test_a_folder_that_cannot_be_read(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.save(3, checkpoint(3.0))
+
+    def no_permission(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", no_permission)
+    with pytest.raises(CRDError, match=r"cannot read the checkpoints.*Permission denied.*check its permissions"):
+        folder.updates()
+
+
 def test_comes_back_bit_for_bit_without_pickle(folder: CheckpointFolder) -> None:
     path = folder.save(3, checkpoint(3.0))
     assert_equal(folder.load(3), checkpoint(3.0))
@@ -192,6 +213,9 @@ def test_going_back_forgets_what_came_after(folder: CheckpointFolder) -> None:
     wide.mark_best(4, rewards[4])
     wide.forget_after(3, rewards)
     assert (wide.updates(), wide.best()) == ([1, 2, 3], (2, 0.4))  # the best of those that are left
+    wide.mark_best(1, rewards[1])  # an interruption before the mark of 2, which lies before the update to go on from
+    wide.forget_after(3, rewards)
+    assert wide.best() == (2, 0.4)
     wide.forget_after(2, rewards)
     assert (wide.updates(), wide.best()) == ([1, 2], (2, 0.4))  # and a mark that holds stays
     wide.forget_after(1, {})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str, tmp_path: Path) -
         ("finetune", "qlora"), ("mixed_precision", "int8"), ("residual", "twice"), ("weighting", "none"),
         ("kl_reward_range", [1, 0]), ("kl_reward_range", [0]), ("kl_min", 0.2), ("kl_max", -1), ("old_start", 1.5),
         ("sampler_slope", -0.1), ("adam_beta1", 1.0), ("adam_beta2", -0.1), ("weight_decay", -1), ("threads", 0),
-        ("lora_alpha", 0), ("advantage_clip", 0), ("warmup_steps", -1), ("reward_weights", "1,two"),
+        ("lora_alpha", 0), ("advantage_clip", 0), ("advantage_clip", math.inf), ("warmup_steps", -1),
+        ("reward_weights", "1,two"),
         ("updates", "[1"), ("objective", "crdd"), ("timestep_fraction", 0), ("timestep_fraction", 1.5),
         ("timestep_fraction", "nan"), ("beta", "inf"), ("loss_scale", "inf"), ("learning_rate", "inf"),
         ("learning_rate", "nan"), ("kl_max", "inf"), ("anchor_guidance", "nan"), ("eval_base_guidance", ["nan"]),
@@ -186,6 +188,13 @@ def test_frozen_and_resumable_fields_exist() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         CRDConfig().beta = 2.0  # type: ignore[misc]
     assert {field.name for field in dataclasses.fields(CRDConfig)} >= RESUMABLE
+
+
+def test_lists_and_paths_given_in_python_are_what_a_file_would_hold(tmp_path: Path) -> None:
+    given = CRDConfig(rewards=["ocr"], lora_targets=["to_q"], output_dir=tmp_path / "run", prompts=tmp_path / "p.txt")  # type: ignore[arg-type]
+    assert (given.rewards, given.lora_targets, given.output_dir) == (("ocr",), ("to_q",), str(tmp_path / "run"))
+    (tmp_path / "run.yaml").write_text(given.to_yaml())
+    assert load_config(tmp_path / "run.yaml") == given
 
 
 def test_fp16_is_refused_with_the_way_out() -> None:

@@ -260,7 +260,7 @@ def test_a_failed_write_leaves_the_earlier_export(
     def disk_full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(crd.export, "_publish", disk_full)
+    monkeypatch.setattr(crd.export, "share", disk_full)
     with pytest.raises(CRDError, match="No space left on device"):
         export_lora(backbone, snapshots, target, role="old", overwrite=True)
     assert (target / LORA_FILE).read_bytes() == content

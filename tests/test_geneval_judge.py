@@ -270,6 +270,12 @@ def test_device_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["cpu", "cuda", "cpu"]
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(CRDError, match=f"loading the judge tiny on device {device} raised .*; check its settings"):
+        load_judge({"detector": "tiny", "device": device})
+
+
 def test_tiny_detectors_take_batch_size_and_folder(tmp_path: Path) -> None:
     judge = load_judge({"detector": "tiny", "batch_size": 3})
     assert judge.detector.batch_size == 3

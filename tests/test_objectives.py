@@ -208,6 +208,17 @@ def test_ties_go_to_the_lower_image_id_in_any_order() -> None:
         assert kept == {(4, 2), (9, 3)}
 
 
+def test_raft_ranks_by_advantage_and_then_by_reward() -> None:
+    """Rewards on one scale may rank otherwise than their plain sum; what the clip made equal, that sum ranks."""
+    rows = Rows(
+        group_id=torch.zeros(4, dtype=torch.int64), image_id=torch.arange(4), draw=torch.zeros(4, dtype=torch.int64),
+        advantage=torch.tensor([0.2, 1.0, 1.0, 0.9]), reward=torch.tensor([9.0, 1.0, 2.0, 8.0]),
+        kl_gate=torch.zeros(4), has_signal=torch.ones(4, dtype=torch.bool),
+    )  # fmt: skip
+    assert best_rows(rows, 1).tolist() == [False, False, True, False]
+    assert best_rows(rows, 3).tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("weighting", ["adaptive", "unit"])
 def test_at_old_nft_and_crd_are_advantage_weighted_matching(weighting: str) -> None:
     """Row by row the same direction; NFT measures errors of x0, which are t times those of the velocity."""

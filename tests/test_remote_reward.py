@@ -311,11 +311,13 @@ def test_a_score_out_of_the_announced_range_is_an_error(
     [
         Reply(status=500, body=b'{"error": "out of memory"}'),
         Reply(status=504, body=b"<html>"),
+        Reply(status=502, body=b"<html>"),
+        Reply(status=503, body=b"<html>"),
         Reply(drop=True),
         Reply(body=b'{"protocol": 1', headers={"Content-Length": "1000"}),
         Reply({"color_code": [9.0, 9.0]}, after_s=0.6),
     ],
-    ids=["500", "504", "dropped", "cut off", "silent"],
+    ids=["500", "504", "502 of a proxy", "503 of a proxy", "dropped", "cut off", "silent"],
 )
 def test_a_batch_that_failed_is_sent_again_a_bounded_number_of_times(
     reply: Reply, scripted: Scripted, remote: Callable[..., RemoteReward]

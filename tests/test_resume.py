@@ -235,6 +235,7 @@ def test_going_back_forgets_later_checkpoints_and_records_overrides(
     assert not (run / "checkpoints" / ".saving-abc").exists()
     assert load_config(run / "config.yaml") == replace(wide, updates=3, keep_checkpoints=1)
     assert max(record["update"] for record in records(run)) == 3
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"update-00000{n}.png" for n in range(4)]
     # The override of the first resume holds in the second.
     assert main(["train", "--resume", str(run)]) == 0
     assert checkpoints.updates()[-1] == 3
@@ -262,6 +263,42 @@ def test_a_reward_that_fails_late_loses_no_update(config: CRDConfig, tmp_path: P
     CRDTrainer(reward_funcs=fragile, args=four).train(resume=True)
     CRDTrainer(reward_funcs=fragile, args=replace(four, output_dir=str(tmp_path / "straight"))).train()
     assert_same_run(tmp_path / "fragile", tmp_path / "straight", 4)
+
+
+def test_a_trainer_that_was_interrupted_goes_on_as_a_new_one_would(config: CRDConfig, tmp_path: Path) -> None:
+    """What a half-done step has left in the gradients is none of the resumed run's."""
+    three = replace(config, updates=3, save_every=1, output_dir=str(tmp_path / "interrupted"))
+    trainer = CRDTrainer(args=three)
+    step = trainer.engine.step
+
+    def interrupt(*arguments: Any) -> float:
+        if trainer.progress.optimizer_steps == 2:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    trainer.engine.step = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert any(parameter.grad is not None for parameter in trainer.snapshots.parameters())
+    trainer.engine.step = step  # type: ignore[method-assign]
+    trainer.train(resume=True)
+    CRDTrainer(args=replace(three, output_dir=str(tmp_path / "straight"))).train()
+    assert_same_run(tmp_path / "interrupted", tmp_path / "straight", 3)
+
+
+def test_a_trainer_that_has_trained_cannot_start_over(config: CRDConfig) -> None:
+    trainer = CRDTrainer(args=replace(config, save_every=0, eval_prompts=None, updates=2))
+    finish = trainer._evaluate_and_save
+
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    trainer._evaluate_and_save = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer._evaluate_and_save = finish  # type: ignore[method-assign]
+    with pytest.raises(CRDError, match="has trained already, and there is no checkpoint to go back to"):
+        trainer.train(resume=True)
 
 
 @pytest.mark.parametrize("failing", [3, 6])

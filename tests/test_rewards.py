@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crd.errors import CRDError
+from crd.errors import CRDError, ServiceError
 from crd.rewards import RewardSet, WeightedReward, resolve
 from crd.rewards.ocr import OCRReward
 
@@ -268,11 +268,55 @@ def test_self_test_refuses_constant_and_broken_scorers() -> None:
         RewardSet([SelfTested(CRDError("told"))]).self_test()
 
 
+class Failing(SelfTested):
+    """A reward that fails before it is asked for scores."""
+
+    def __init__(self, level: int = 0) -> None:
+        super().__init__([0.0, float(level)])
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        raise KeyError("font")
+
+    def use_device(self, device: str) -> None:
+        raise RuntimeError("no such device")
+
+
+class Unmade(Failing):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+
+
+def test_a_reward_that_fails_before_it_is_asked_is_told_in_one_line() -> None:
+    with pytest.raises(CRDError, match=r"making reward .* raised TypeError: .*level.*; a class is called without"):
+        RewardSet([Unmade])
+    rewards = RewardSet([Failing])
+    with pytest.raises(CRDError, match="'Failing', sent to cuda:9, raised RuntimeError: no such device"):
+        rewards.use_device("cuda:9")
+    # A service's error: it is no refusal, by which a held-out scorer would leave the prompt out.
+    with pytest.raises(ServiceError, match="check of prompts by reward 'Failing' raised KeyError: 'font'"):
+        rewards.check_prompts(["a"], {})
+
+
 def test_prompts_a_reward_cannot_score_are_refused_at_load_time() -> None:
     rewards = RewardSet([redness, "ocr"])
     rewards.check_prompts(['a sign "A"'], {})
     with pytest.raises(CRDError, match="'a bare sign' has no text between double quotes"):
         rewards.check_prompts(['a sign "A"', "a bare sign"], {})
+
+
+def test_the_range_of_a_total_is_that_of_the_rewards_asked() -> None:
+    def ranged(low: float, high: float) -> Any:
+        def reward(images: list[Image.Image], prompts: list[str]) -> list[float]:
+            return [low] * len(images)
+
+        reward.score_range = (low, high)  # type: ignore[attr-defined]
+        reward.__name__ = f"from_{low}"
+        return reward
+
+    rewards = RewardSet([ranged(0, 1), ranged(1, 5), ranged(7, 8), redness], [1, -0.5, 0, 2])
+    columns = {"rewards": [["from_0"], ["from_0", "from_1"], ["from_0", "from_7"], ["redness", "from_1"]]}
+    assert rewards.total_range(["a"] * 4, columns) == (-2.5, 1.0)  # 0 - 2.5 and 1 - 0.5; what has no range is left out
+    assert rewards.total_range(["a"], {}) is None
 
 
 def test_a_reward_is_asked_only_about_the_prompts_that_name_it() -> None:

@@ -22,6 +22,7 @@ from crd.errors import CRDError
 from crd.eval_record import read_record
 from crd.export import LORA_FILE
 from crd.loading import load_model
+from crd.run_parts import load_judged
 from crd.snapshots import ANCHOR, SAMPLER
 from crd.tracker import read_metrics
 from crd.trainer import CRDTrainer
@@ -281,6 +282,14 @@ def test_rewards_outside_the_range_matter_only_with_an_anchor(config: CRDConfig)
     CRDTrainer(reward_funcs=large, args=replace(config, kl_reward_range=(0.0, 100.0))).update()
 
 
+def test_a_total_that_may_leave_the_range_is_refused_before_anything_is_loaded() -> None:
+    both = CRDConfig(rewards=("ocr", "tiny-image-text"), reward_weights=(1.0, 0.5))
+    with pytest.raises(CRDError, match=r"can lie in \[-0.5, 1.5\], outside of .*; set kl_reward_range to -0.5,1.5, or"):
+        load_judged(both)
+    for mended in ({"kl_reward_range": (-0.5, 1.5)}, {"kl_gate": "constant"}, {"kl_max": 0.0}):
+        load_judged(replace(both, **mended))
+
+
 def test_the_run_folder_holds_all_there_is_to_know(config: CRDConfig) -> None:
     run = Path(config.output_dir)
     CRDTrainer(args=replace(config, updates=3, eval_every=1, tensorboard=True, eval_base_guidance=(1.0, 3.0))).train()
@@ -340,6 +349,18 @@ def test_no_evaluation_prompts(config: CRDConfig) -> None:
 def test_a_tracker_that_is_not_installed(config: CRDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(CRDError, match="pip install"):
+        CRDTrainer(args=replace(config, wandb=True)).train()
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_tracker_that_does_not_start(config: CRDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    stand_in: Any = types.ModuleType("wandb")
+    stand_in.init = init
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with pytest.raises(CRDError, match=r"wandb.init raised RuntimeError: api_key not configured.*wandb login"):
         CRDTrainer(args=replace(config, wandb=True)).train()
     assert not Path(config.output_dir).exists()
 

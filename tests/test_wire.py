@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import zlib
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from crd.errors import CRDError
 from crd.rewards import RewardSet
@@ -168,6 +170,18 @@ def test_a_png_that_lies_about_its_size_or_is_cut_off_is_refused() -> None:
         _, (image,) = read(as_png(data))
         with pytest.raises(CRDError, match="damaged PNG"):
             image.decode()
+
+
+def test_a_second_header_of_another_size_is_refused_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    small = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+    large = png(noise(400, 300))
+    _, (image,) = read(as_png(large[:8] + small + large[8:]), pixels=1)
+    monkeypatch.setattr(PngImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(CRDError, match=r"PNG of 1 x 1 px, RGB, is of \(400, 300\), RGB, in a later header"):
+        image.decode()
 
 
 def test_pixels_are_counted_over_all_images() -> None:

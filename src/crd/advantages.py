@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,13 +48,13 @@ def group_advantages(rewards: Tensor, group_id: Tensor, *, clip: float = 5.0, ep
         `Advantages`; the reward variance of a group counts as zero when all its rewards are the same number.
 
     Raises:
-        CRDError: a reward is not finite, or `clip` is not above 0.
+        CRDError: a reward is not finite, or `clip` is not above 0 and finite.
         ValueError: a shape or dtype is wrong.
 
     Source: arXiv 2603.14128, experimental settings.
     """
-    if not clip > 0:
-        raise CRDError(f"advantage clip must be above 0, got {clip}; the published value is 5")
+    if not 0 < clip < math.inf:
+        raise CRDError(f"advantage clip must be above 0 and finite, got {clip}; the published value is 5")
     rewards = rewards.double()
     centered = center(rewards, group_id)
     bad = ~torch.isfinite(rewards)
@@ -149,6 +150,6 @@ def kl_gate(kind: str, rewards: Tensor, advantage: Tensor, reward_range: tuple[f
         value = rewards[outside][0].item()
         raise CRDError(
             f"reward {value:g} lies outside kl_reward_range ({low:g}, {high:g}); "
-            "set kl_reward_range to the range of the weighted reward"
+            "start a run whose kl_reward_range is the range of the weighted reward, or with another kl_gate"
         )
     return gate.clamp(0.0, 1.0)

@@ -1,10 +1,21 @@
-"""Replacing a file whole or not at all."""
+"""Replacing a file whole or not at all, and letting others read what was made."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+
+def share(folder: Path) -> None:
+    """Ordinary permissions for a folder and all in it: mkdtemp and safetensors make things only their owner can read.
+
+    Raises OSError.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -86,7 +86,7 @@ def in_memory(work: Callable[[], T], ranks: Ranks, *, sharded: bool) -> T:
                 "memory ran out, and the other processes cannot repeat their part of a sharded call; lower micro_batch "
                 "(in training) or rollout_batch, and use --resume"
             ) from error
-    if not sharded:
+    if not sharded or ranks.world_size == 1:
         short = torch.tensor([0.0 if result else 1.0])
         if bool(ranks.total(short) > 0):
             # Outside of the handler: an error that refers to the first one would keep its tensors.

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crd.atomic import replace_file
+from crd.atomic import replace_file, share
 from crd.errors import CRDError
 
 CHECKPOINTS = "checkpoints"
@@ -57,8 +57,11 @@ class CheckpointFolder:
 
     def updates(self) -> list[int]:
         """Updates with a complete checkpoint, oldest first."""
-        found = (path.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*") if (path / STATE).is_file())
-        return sorted(int(number) for number in found if number.isdigit())
+        try:
+            complete = [path.name for path in self.folder.glob(f"{PREFIX}*") if (path / STATE).is_file()]
+        except OSError as error:
+            raise CRDError(f"cannot read the checkpoints in {self.folder}: {error}; check its permissions") from error
+        return sorted(int(number) for name in complete if (number := name.removeprefix(PREFIX)).isdigit())
 
     def path(self, update: int) -> Path:
         return self.folder / f"{PREFIX}{update:06d}"
@@ -77,6 +80,7 @@ class CheckpointFolder:
                 save_file(dict(tensors), temporary / f"{stem}.safetensors")
             digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
             _write_json(temporary / STATE, {"update": update, "counters": checkpoint.counters, "sha256": digests})
+            share(temporary)
             _sync(temporary)
             target = self.path(update)
             self._put(temporary, target)
@@ -159,21 +163,22 @@ class CheckpointFolder:
 
         Args:
             update: where the run goes on.
-            rewards: evaluated update -> reward; if the best checkpoint was a later one, the best of those kept
-                takes its place.
+            rewards: evaluated update -> reward, of those that may be the best; if the best checkpoint was a later one,
+                or an interruption came between a checkpoint and its mark, the best of those kept takes its place.
 
         Raises:
             CRDError: no permission, or a corrupt record of the best.
         """
         best = self.best()
         try:
+            # Before the checkpoints: an interruption in between must not leave a best that is gone.
             if best is not None and best[0] > update:
-                # Before the checkpoints: an interruption in between must not leave a best that is gone.
                 (self.folder / BEST).unlink()
-                kept = [number for number in self.updates() if number <= update and number in rewards]
-                if kept:
-                    winner = max(kept, key=lambda number: rewards[number])
-                    self.mark_best(winner, rewards[winner])
+                best = None
+            kept = [number for number in self.updates() if number <= update and number in rewards]
+            winner = max(kept, key=lambda number: rewards[number], default=None)
+            if winner is not None and (best is None or rewards[winner] > best[1]):
+                self.mark_best(winner, rewards[winner])
             for later in self.updates():
                 if later > update:
                     self._remove(later)

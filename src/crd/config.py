@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -151,6 +152,10 @@ class CRDConfig:
     wandb: bool = False
 
     def __post_init__(self) -> None:
+        # As a file would hold them, in which the run is recorded.
+        for name, value in self.__dict__.items():
+            if isinstance(value, list | Path):
+                object.__setattr__(self, name, tuple(value) if isinstance(value, list) else str(value))
         check_option("timesteps", self.timesteps, TIMESTEP_MODES)
         check_option("kl_gate", self.kl_gate, KL_GATES)
         check_option("reward_normalization", self.reward_normalization, NORMALIZATIONS)
@@ -179,7 +184,7 @@ class CRDConfig:
         for name in ("warmup_steps", "cooldown_updates", "distill_updates", "weight_decay", "eval_every", "save_every"):
             _check_above(name, self._value(name), 0, inclusive=True)
         for name in ("learning_rate", "lora_alpha", "weight_decay", "rollout_guidance", "anchor_guidance",
-                     "peer_timeout"):  # fmt: skip
+                     "advantage_clip", "peer_timeout"):  # fmt: skip
             _check_finite(name, self._value(name))
         for number in (*self.kl_reward_range, *self.eval_base_guidance, *(self.reward_weights or ())):
             _check_finite("kl_reward_range, eval_base_guidance and reward_weights", number)

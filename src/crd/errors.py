@@ -35,6 +35,23 @@ class ServiceError(CRDError):
     """A service that was asked is out of reach or broken, which says nothing about what it was asked."""
 
 
+def one_line(error: Exception) -> str:
+    """The type of an exception and what it says, in one line of at most 300 characters and the type."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+@contextmanager
+def not_ours(what: str, advice: str, kind: type[CRDError] = CRDError) -> Iterator[None]:
+    """Code inside is a user's or a library's: whatever it raises becomes `kind`, `what raised ...; advice`."""
+    try:
+        yield
+    except CRDError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} raised {one_line(error)}; {advice}") from error
+
+
 @contextmanager
 def told_of(where: str) -> Iterator[None]:
     """What is wrong inside is told with its place in front: `where: message`."""

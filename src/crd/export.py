@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from crd.atomic import share
 from crd.backbones import SETTINGS_FILE
 from crd.backbones.base import Backbone
 from crd.errors import CRDError
@@ -209,7 +210,7 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise CRDError(f"cannot write {folder}: {error}; choose another folder") from error
     try:
         yield temporary
-        _publish(temporary)
+        share(temporary)
         _swap(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise CRDError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
@@ -244,11 +245,3 @@ def _swap(temporary: Path, folder: Path) -> None:
         os.replace(aside, folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _publish(folder: Path) -> None:
-    """Ordinary permissions: mkdtemp and safetensors make things only their owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -57,6 +57,7 @@ class RunBooks:
 
         def tidy() -> None:
             self.checkpoints.forget_after(update, eligible)
+            self.folder.forget_samples_after(update)
             self.folder.record(self.recorded)
             self.folder.forget_summary()
 

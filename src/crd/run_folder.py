@@ -27,6 +27,7 @@ from crd.training_state import Progress
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+SAMPLES, SHEET = "samples", "update-"
 GIVEN_IN_PYTHON = "(given in Python)"
 _SHEET = 12  # images on a sample sheet
 _PACKAGES = (
@@ -145,6 +146,18 @@ class RunFolder:
         with self._told_if_full():
             (self.path / SUMMARY_FILE).unlink(missing_ok=True)
 
+    def forget_samples_after(self, update: int) -> None:
+        """Delete the sample sheets of later updates: a run that goes on from `update` has not drawn them.
+
+        Raises:
+            CRDError: one cannot be deleted.
+        """
+        with self._told_if_full():
+            for path in (self.path / SAMPLES).glob(f"{SHEET}*.png"):
+                number = path.stem.removeprefix(SHEET)
+                if number.isdigit() and int(number) > update:
+                    path.unlink()
+
     def remove(self) -> None:
         """Delete what `create` and a start that came to nothing have left."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -160,11 +173,11 @@ class RunFolder:
             f"{score:.2f} {prompt}"
             for score, prompt in zip(result.record.scores["reward"][:count].tolist(), result.prompts, strict=False)
         ]
-        folder = self.path / "samples"
+        folder = self.path / SAMPLES
         row = GridRow(f"update {update}", result.images[:count], captions)
         with self._told_if_full():
             folder.mkdir(exist_ok=True)
-            draw_grid([row], [""] * count).save(folder / f"update-{update:06d}.png")
+            draw_grid([row], [""] * count).save(folder / f"{SHEET}{update:06d}.png")
 
     def summarise(self, progress: Progress, found: Scores) -> dict[str, float]:
         """Write summary.json, show it, and return what it holds.

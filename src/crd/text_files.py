@@ -64,12 +64,28 @@ def parse_yaml(text: str, source: str | Path) -> Any:
     """What a YAML text of `source` holds.
 
     Raises:
-        CRDError: it is not YAML.
+        CRDError: it is not YAML, or has a key twice.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise CRDError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Without repeated keys, of which YAML readers keep the last one and say nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # As written: what a merge key (<<) brings in later may be given again.
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is repeated", problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def strict_json(text: str | bytes) -> Any:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from crd.atomic import replace_file
 from crd.console import console
-from crd.errors import CRDError
+from crd.errors import CRDError, not_ours
 from crd.eval_record import EvalRecord
 
 METRICS_FILE = "metrics.jsonl"
@@ -135,7 +135,9 @@ def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise CRDError('wandb=true needs Weights & Biases; pip install -e ".[wandb]"') from error
-    return wandb.init(project="crd", dir=str(folder), config=dict(config), id=_wandb_id(folder), resume="allow")
+    known = _wandb_id(folder)
+    with not_ours("wandb.init", "log in with `wandb login`, set WANDB_MODE=offline, or leave wandb out"):
+        return wandb.init(project="crd", dir=str(folder), config=dict(config), id=known, resume="allow")
 
 
 def _wandb_id(folder: Path) -> str:

@@ -36,7 +36,7 @@ from crd.unread_settings import tell_unread_settings
 from crd.update_plan import UpdatePlan, plan_update
 from crd.watch import Verdict, Watch
 
-KL_SCALE_MAX = 8.0  # beyond it the anchor outweighs any reward
+KL_SCALE_MAX = 8.0  # of the alarm's factor: beyond it the anchor outweighs any reward
 BEFORE_ALL = -1  # a resumed run that starts over keeps no record, not even the evaluation of update 0
 
 
@@ -161,6 +161,9 @@ class CRDTrainer:
         books.reopen()
         with self.ranks.together():
             if resume is True and not books.checkpoints.updates():
+                if self.progress != Progress():
+                    raise CRDError("this trainer has trained already, and there is no checkpoint to go back to; make a "
+                                   "new one to start over")  # fmt: skip
                 console.print("no checkpoint yet: the run starts over")
             else:
                 self._restore(checkpoint_number(books.checkpoints, "last" if resume is True else str(resume)))
@@ -178,6 +181,7 @@ class CRDTrainer:
             raise CRDError(f"updates={self.args.updates} is below the {number} that are done; raise it")
         checkpoint = self.books.checkpoints.load(number)
         self.progress = restore(checkpoint, self.snapshots, self.optimizer, self.train_data)
+        self.optimizer.zero_grad()  # what an interrupted step of this trainer has left
 
     def _run(self, resume_from: int | None, missed: bool) -> None:
         """Evaluation before, or the one that was `missed`; then updates with their logging, evaluation, checkpoints."""
@@ -343,7 +347,8 @@ class CRDTrainer:
             final = final or verdict.stop
             if verdict.raise_kl:
                 self.progress.kl_scale *= 2
-                console.print(f"the alarm raises the KL strengths to {self.progress.kl_scale:g} times their settings")
+                scale = self.progress.kl_scale
+                console.print(f"the alarm raises the KL strengths to {scale:g} times what they would be without it")
         # A checkpoint that is there already is one without what this evaluation changed: it had failed before.
         stale = self.books.has_checkpoint(done)
         if best or final or stale or (config.save_every and done % config.save_every == 0):

@@ -33,6 +33,7 @@ def bench(args: argparse.Namespace) -> None:
     out = Path(args.output_dir or f"runs/bench-{suite.name}")
     folders = [Path(folder) for folder in args.records]
     if args.summary:
+        _check_nothing_is_chosen(args)
         if not summarise(suite, out, read_records(suite, folders)):
             raise CRDError(
                 f"no run of suite {suite.name} in {out} has been evaluated yet; leave --summary out to run it"
@@ -140,6 +141,15 @@ def _keep(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> None:
 
 def _execution(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in EXECUTION if (value := args.__dict__[name]) is not None}
+
+
+def _check_nothing_is_chosen(args: argparse.Namespace) -> None:
+    """Refuse options of runs beside --summary: it tells of all that there are."""
+    choices = ("tasks", "arms", "seeds", "retry", "keep_weights", "dry_run")
+    given = [f"--{name.replace('_', '-')}" for name in choices if args.__dict__[name]]
+    if given:
+        raise CRDError(f"--summary runs nothing and tells of all runs that there are, got {', '.join(given)}; leave "
+                       f"{'it' if len(given) == 1 else 'them'} out")  # fmt: skip
 
 
 def _say(text: str, style: str = "") -> None:

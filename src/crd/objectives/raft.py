@@ -60,7 +60,8 @@ class RAFT:
 
             loss = mean error_i over the rows of the best images  +  KL term over all rows
 
-        The best images of a group are those of highest reward; of equal ones, those of the lower `image_id`. Groups
+        The best images of a group are those of highest advantage, which rewards on one scale may decide together; of
+        equal ones, those of higher reward (the clip makes equal), then of the lower `image_id`. Groups
         whose rewards are all equal have no best image: their rows add 0 and still count in the mean.
 
         Args:
@@ -91,9 +92,10 @@ def best_rows(rows: Rows, count: int) -> Tensor:
     best = torch.zeros_like(rows.has_signal)
     for group in torch.unique(rows.group_id):
         own = (rows.group_id == group).nonzero()[:, 0]
-        by_reward = own[rows.image_id[own].argsort()]
-        by_reward = by_reward[rows.reward[by_reward].argsort(descending=True, stable=True)]
-        # Rows of one image have one reward, so their images come in blocks.
-        images = torch.unique_consecutive(rows.image_id[by_reward])[:count]
+        ranked = own[rows.image_id[own].argsort()]
+        for value in (rows.reward, rows.advantage):  # the last one decides
+            ranked = ranked[value[ranked].argsort(descending=True, stable=True)]
+        # Rows of one image have one reward and advantage, so their images come in blocks.
+        images = torch.unique_consecutive(rows.image_id[ranked])[:count]
         best[own] = torch.isin(rows.image_id[own], images)
     return best

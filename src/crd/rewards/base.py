@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crd.errors import CRDError
+from crd.errors import CRDError, ServiceError, not_ours, one_line
 from crd.records import ASKED, RewardOutput
 from crd.rewards.abilities import (
     ColumnChecking,
@@ -138,6 +138,7 @@ class RewardSet:
         Raises:
             CRDError: a prompt names an unknown reward, or none with a weight; a column that a reward requires is
                 missing; or from a reward's own `check_prompts` or `check_columns`, naming the prompt.
+            ServiceError: these checks failed by themselves.
         """
         rows = rows_asked(prompts, columns, list(self.weights))
         judged = {row for reward in self.rewards if reward.weight != 0 for row in rows[reward.name]}
@@ -153,10 +154,29 @@ class RewardSet:
                 continue
             chosen, own = [prompts[i] for i in asked], own_columns(columns, asked)
             use.check(own)
-            if isinstance(reward.function, PromptChecking):
-                reward.function.check_prompts(chosen)
-            if isinstance(reward.function, ColumnChecking):
-                reward.function.check_columns(chosen, own)
+            # Another error than a refusal says nothing about the prompts.
+            with not_ours(f"the check of prompts by reward {reward.name!r}", "fix the reward", ServiceError):
+                if isinstance(reward.function, PromptChecking):
+                    reward.function.check_prompts(chosen)
+                if isinstance(reward.function, ColumnChecking):
+                    reward.function.check_columns(chosen, own)
+
+    def total_range(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> tuple[float, float] | None:
+        """Lowest and highest total that images of P prompts can have when every reward asked about them applies.
+
+        Prompts that a reward without a range is asked about are left out; None if no prompt is left.
+        """
+        rows = rows_asked(prompts, columns, list(self.weights))
+        lows, highs = [0.0] * len(prompts), [0.0] * len(prompts)
+        for reward in self.rewards:
+            if reward.weight == 0:
+                continue
+            low, high = sorted(reward.weight * end for end in reward.range or (math.nan, math.nan))
+            for row in rows[reward.name]:
+                lows[row] += low
+                highs[row] += high
+        known = [(low, high) for low, high in zip(lows, highs, strict=True) if not math.isnan(low)]
+        return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -211,24 +231,23 @@ class RewardSet:
         return scored
 
     def use_device(self, device: str) -> None:
-        """Tell every reward that has networks of its own where the run computes."""
+        """Tell every reward that has networks of its own where the run computes.
+
+        Raises:
+            CRDError: a reward cannot go there.
+        """
         for reward in self.rewards:
             if isinstance(reward.function, DeviceUsing):
-                reward.function.use_device(device)
+                with not_ours(f"reward {reward.name!r}, sent to {device},", "check the device"):
+                    reward.function.use_device(device)
 
     def self_test(self) -> None:
         """Run every reward's own `self_test()`; refuse one that fails or scores all its samples alike."""
         for reward in self.rewards:
             if not isinstance(reward.function, SelfTesting):
                 continue
-            try:
+            with not_ours(f"self-test of reward {reward.name!r}", "fix the reward"):
                 scores = reward.function.self_test()
-            except CRDError:
-                raise
-            except Exception as error:
-                raise CRDError(
-                    f"self-test of reward {reward.name!r} raised {_one_line(error)}; fix the reward"
-                ) from error
             if scores is not None and len(set(scores)) < 2:
                 raise CRDError(
                     f"self-test of reward {reward.name!r} gave constant scores {list(scores)}; "
@@ -270,7 +289,7 @@ def _scores_of(
     except CRDError as error:
         raise CRDError(f"reward {reward.name!r}: {error}") from error
     except Exception as error:
-        raise CRDError(f"reward {reward.name!r} raised {_one_line(error)}; fix the reward") from error
+        raise CRDError(f"reward {reward.name!r} raised {one_line(error)}; fix the reward") from error
     scores = score_list(reward.name, result, len(images))
     for index, score in enumerate(scores):
         _check_score(reward, index, score, prompts[index])
@@ -285,8 +304,3 @@ def _check_score(reward: WeightedReward, index: int, score: float | None, prompt
         raise CRDError(f"{where} is {score}; return a finite number, or None if it does not apply")
     if reward.range is not None and not reward.range[0] <= score <= reward.range[1]:
         raise CRDError(f"{where} must lie in {list(reward.range)}, got {score}; fix the reward or its score_range")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

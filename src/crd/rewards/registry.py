@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from crd.errors import CRDError
+from crd.errors import CRDError, not_ours, one_line
 from crd.rewards.abilities import Named
 
 # A new reward is one file and one line here. Strings, so that its libraries load only when it is asked for.
@@ -65,7 +65,8 @@ def resolve(reward: str | Callable[..., Any]) -> Callable[..., Any]:
         raise CRDError(f"reward {name} takes no source, got {source!r}; leave out the = and what follows")
     if inspect.isclass(found):
         build: Callable[..., Any] = found
-        found = build(source=source) if equals else build()
+        with not_ours(f"making reward {reward!r}", "a class is called without arguments, or with source= alone"):
+            found = build(source=source) if equals else build()
     if not callable(found):
         raise CRDError(f"reward {reward!r} must be callable, got {type(found).__name__}; give a function")
     return found
@@ -109,9 +110,8 @@ def _import(path: str) -> Any:
     except CRDError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CRDError(
-            f"reward {path!r}: importing {module_name!r} failed with {reason}; "
+            f"reward {path!r}: importing {module_name!r} failed with {one_line(error)}; "
             "check the module path (it is looked up from the working directory too)"
         ) from error
     found: Any = module

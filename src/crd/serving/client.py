@@ -18,7 +18,7 @@ from crd.serving.wire import MAX_HEADER, PROTOCOL, Question, from_json, to_json
 CONNECT_S = 10.0  # also for what a server offers, which it tells without scoring
 MAX_ANSWER = MAX_HEADER
 REFUSED, NOT_FOUND, TOO_LONG, UNFIT, BUSY = (401, 403), 404, (408, 504), 422, 429
-ABSENT = (502, 503)  # a proxy without its server; a server that loads or closes
+ABSENT = (502, 503)  # a proxy without its server, or whose server broke off; a server that loads or closes
 
 
 class NoAnswerError(Exception):
@@ -108,7 +108,8 @@ class RewardClient:
         if status == BUSY:
             raise NoAnswerError(told, down=False, sent=False, retry_after=_seconds(headers.get("Retry-After")))
         if status in ABSENT:
-            raise NoAnswerError(told, down=True, sent=False)
+            # A server that turns work away says why; behind a proxy that answers for it, it may have died of the work.
+            raise NoAnswerError(told, down=True, sent=method == "POST" and not (status == 503 and reason))
         if status >= 500 or status in TOO_LONG:
             raise NoAnswerError(told, down=False, sent=True)
         raise ServiceError(f"{told}; see docs/reward-server.md")

@@ -53,11 +53,13 @@ class WireImage:
             return Image.frombytes("RGB", size, self.data)
         try:
             image = Image.open(io.BytesIO(self.data), formats=["PNG"])
+            # Before anything is decoded: a later header may tell of a size that no limit has seen.
+            if (image.mode, image.size) != ("RGB", size):
+                raise CRDError(f"PNG of {size[0]} x {size[1]} px, RGB, is of {image.size}, {image.mode}, in a later "
+                               "header; send one image")  # fmt: skip
             image.load()
         except _DAMAGED as error:
             raise CRDError(f"damaged PNG: {type(error).__name__}: {error}; send the file whole") from error
-        if (image.mode, image.size) != ("RGB", size):
-            raise CRDError(f"PNG of {size[0]} x {size[1]} px, RGB, holds {image.size}, {image.mode}; send one image")
         return image
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crd.errors import CRDError
+from crd.errors import CRDError, not_ours
 from crd.geneval.detections import PUBLISHED, Thresholds
 from crd.geneval.detectors.base import BATCH_SIZE, SCORE_FLOOR, ColorClassifier, Detector
 from crd.geneval.detectors.config import JudgeConfig
@@ -97,8 +97,10 @@ def load_judge(config: str | Mapping[str, Any] | JudgeConfig = "mask2former", de
     if settings.device == "auto":
         free = "cuda" if torch.cuda.is_available() else "cpu"
         settings = dataclasses.replace(settings, device=free if device == "auto" else device)
-    detector: Detector = _detector_class(settings.detector).from_config(settings)
-    colors = None if detector.gives_colors or settings.color_model is None else _clip(settings, settings.color_model)
+    with not_ours(f"loading the judge {settings.detector} on device {settings.device}", "check its settings"):
+        detector: Detector = _detector_class(settings.detector).from_config(settings)
+        own = detector.gives_colors or settings.color_model is None
+        colors = None if own else _clip(settings, str(settings.color_model))
     return GenEvalJudge(detector, colors, settings.thresholds or PUBLISHED, settings.paper_compat)
 
 
