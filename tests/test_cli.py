@@ -92,6 +92,8 @@ def in_subprocess(arguments: list[str], folder: Path, limit: int | None = None) 
         (["train", "--resume", "nowhere"], "needs a run folder"),
         (["sample", "{model}"], "give prompts as --prompt TEXT"),
         (["sample", "{model}", "--prompt", "a", "--out", "grid"], "--out must be a picture"),
+        (["sample", "{model}", "--prompt", "a", "--out", "grid.psd"], "--out must be a picture"),
+        (["sample", "{model}", "--prompts", "world:test:256", "--out", "grid.webp"], "WEBP holds 16383; give an --out"),
         (["sample", "{model}", "--prompt", "a", "--images", "0"], "argument --images: must be an integer of 1 or more"),
         (["sample", "{model}", "--prompt", "a", "--steps", "0"], "argument --steps"),
         (["sample", "{model}", "--prompt", "a", "--image", "2"], "unknown argument '--image'"),

@@ -17,7 +17,7 @@ from test_cli import refused
 from crd import cli, command_options
 from crd.cli import main
 from crd.comparison import differences, read_evaluations
-from crd.config import CRDConfig
+from crd.config import BASE_DTYPES, CRDConfig
 from crd.flow import SOLVERS
 from crd.loading import LoadedModel
 from crd.trainer import CRDTrainer
@@ -256,6 +256,30 @@ def test_the_attention_backend_is_that_of_the_run(
     assert main(["export", str(run), "--out", str(tmp_path / "lora")]) == 0  # runs nothing
 
 
+def test_compare_loads_a_model_that_is_no_run_in_the_type_of_the_first_run(
+    finished_run: Path, model_folder: Path, scores: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(finished_run, half)
+    (half / "config.yaml").write_text(
+        (half / "config.yaml").read_text().replace("base_dtype: float32", "base_dtype: bfloat16")
+    )
+    types: list[str] = []
+    load = command_options.load_model
+
+    def recorded(*arguments: Any, **options: Any) -> LoadedModel:
+        model = load(*arguments, **options)
+        types.append(str(model.backbone.dtype).removeprefix("torch."))
+        return model
+
+    monkeypatch.setattr(command_options, "load_model", recorded)
+    targets = [str(model_folder), str(half), str(finished_run)]
+    assert main(["compare", *targets, *scores]) == 0
+    assert main(["compare", *targets[:2], *scores, "--base-dtype", "float32"]) == 0
+    assert main(["eval", str(model_folder), *scores]) == 0
+    assert types == ["bfloat16", "bfloat16", "float32", "float32", "float32", "float32"]
+
+
 def test_compare_takes_solver_and_judges_of_the_first_run(
     particular_run: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +313,7 @@ def test_choices_of_the_command_line_are_those_of_the_configuration() -> None:
     assert cli.SOLVERS == SOLVERS
     for name in cli.COMPILE:
         assert CRDConfig(compile=name).compile == name
+    assert cli.BASE_DTYPES == BASE_DTYPES
 
 
 def test_the_distance_to_renderings_of_the_bundled_world(

@@ -27,6 +27,13 @@ def test_headers_are_wrapped_and_pictures_lie_below(header: str, lines: int) -> 
     assert (np.asarray(sheet.crop((130 + CELL + 4, 0, sheet.width, head))) == 255).all()
 
 
+def test_a_picture_that_is_not_square_keeps_its_shape() -> None:
+    wide = Image.new("RGB", (16, 8), "red")
+    picture = np.asarray(draw_grid([GridRow("a", [wide])], [""], CELL).crop((130, 18, 130 + CELL, 18 + CELL)))
+    assert (picture[10:30] == (255, 0, 0)).all()
+    assert (np.concatenate([picture[:10], picture[30:]]) == 255).all()
+
+
 def test_rows_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"every row must hold 2 images, got \[2, 1\]"):
         draw_grid([GridRow("a", [RED, BLUE]), GridRow("b", [RED])], ["", ""], CELL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import replace
@@ -157,6 +158,21 @@ def test_automatic_batches_without_a_gpu(config: CRDConfig, capsys: pytest.Captu
     assert load_config(f"{config.output_dir}/config.yaml") == trainer.args == replace(trainer.args, micro_batch=32)
 
 
+def test_drawing_is_that_of_the_guided_evaluation(config: CRDConfig) -> None:
+    alone = replace(config, rollout_guidance=1.0, rollout_batch=4, vae_slicing=True)
+    guided, plain = plan_run(alone).memory.rollout, plan_run(replace(alone, eval_prompts=None)).memory.rollout
+    assert guided > plain
+    assert guided == plan_run(replace(alone, eval_prompts=None, rollout_guidance=3.0)).memory.rollout
+
+
+def test_the_model_is_loaded_whole_before_its_parts_leave(config: CRDConfig) -> None:
+    kept = plan_run(replace(config, model="tiny-sd3")).memory
+    cached = plan_run(replace(config, model="tiny-sd3", cache_prompts=True), 4, "fsdp2").memory
+    assert cached.loading == kept.loading == kept.weights + kept.text_encoders + kept.vae
+    assert (cached.text_encoders, cached.weights) == (0, kept.weights // 4)
+    assert dataclasses.replace(cached, loading=10**9).total == 10**9
+
+
 def test_checkpointing_and_sharding_take_less(config: CRDConfig) -> None:
     plain, light = plan_run(config), plan_run(replace(config, gradient_checkpointing=True), 4, "fsdp2")
     assert light.memory.training < 0.7 * plain.memory.training
@@ -198,6 +214,11 @@ def test_a_dry_run_checks_and_leaves_nothing(
         assert main(["train", str(path), "--dry-run", *options]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert os.listdir(tmp_path) == ["run.yaml"]
+
+
+def test_a_solver_that_the_stock_pipeline_refuses_is_refused_without_weights() -> None:
+    with pytest.raises(CRDError, match=r"solver=dpmsolver\+\+: the stock QwenImagePipeline lays .*; use euler"):
+        plan_run(CRDConfig(model="Qwen/Qwen-Image", solver="dpmsolver++"))
 
 
 def test_every_model_of_a_recipe_is_known_without_the_hub() -> None:

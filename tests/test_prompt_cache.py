@@ -46,7 +46,7 @@ def test_rows_are_what_was_encoded_and_encoded_once(name: str, length: int, tmp_
     again.rows(["x"], (32, 16), encode)
     PromptCache(tmp_path / "prompts", "another model").rows(["x"], SIZE, encode)
     assert len(asked) == 4  # another size or model is another encoding
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_damaged_files_are_told_in_one_line(tmp_path: Path) -> None:

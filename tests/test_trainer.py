@@ -307,7 +307,7 @@ def test_the_run_folder_holds_all_there_is_to_know(config: CRDConfig) -> None:
     assert summary["reward_before"] == held_out[0]["reward"]
     assert summary["reward_after"] == held_out[-1]["reward"]
     assert summary["reward_anchor"] == read_record(run / "evaluations" / "base-cfg-4.5.json").metrics()["reward"]
-    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob(".tmp-*"))
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["reward"] == max(record["reward"] for record in held_out[1:])
     assert (run / "checkpoints" / f"update-{best['update']:06d}" / "state.json").is_file()
@@ -409,6 +409,10 @@ def test_objects_are_taken_as_they_are_or_refused(config: CRDConfig) -> None:
     pipeline: Any = tiny_pipeline(t5=False).to(torch.bfloat16)
     assert CRDTrainer(pipeline, args=config).backbone.pipeline.vae.dtype == torch.bfloat16
     backbone = load_backbone(tiny_pipeline(t5=False), max_sequence_length=0)
+    with pytest.raises(CRDError, match="finetune=full needs pretrained weights in float32, got a model in bfloat16"):
+        CRDTrainer(pipeline, args=replace(config, finetune="full"))
+    with pytest.raises(CRDError, match=r"finetune=lora needs .* in float32 or bfloat16, got a model in float16"):
+        CRDTrainer(load_backbone(tiny_pipeline(t5=False).to(torch.float16)), args=config)
     with pytest.raises(CRDError, match="base_dtype=bfloat16 is for models that crd loads"):
         CRDTrainer(backbone, args=replace(config, base_dtype="bfloat16"))
     backbone.device = torch.device("meta")

@@ -19,11 +19,14 @@ def share(folder: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, and put it in its place; raises OSError, and all is then as before."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Let `write` make a file beside `path`, of its suffix, and put it in its place.
+
+    Raises OSError, or what `write` raises; all is then as before.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise

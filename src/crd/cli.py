@@ -20,6 +20,7 @@ from crd.errors import CRDError, PeerFailedError, PeerLostError
 # Written again here, since what defines them imports torch.
 SOLVERS = ("euler", "dpmsolver++")
 COMPILE = ("no", "regional")
+BASE_DTYPES = ("float32", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -301,6 +302,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="model under a LoRA folder (default tiny-sd3), or under a run of a model object")
     parser.add_argument("--checkpoint", default="last", help="of a run: last, best or an update number (default last)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--base-dtype", choices=BASE_DTYPES, help="of the pretrained weights (default: the run's, else "
+                        "float32)")  # fmt: skip
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -10,21 +10,22 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from crd.atomic import replace_file
 from crd.batch_sizes import BatchSize
 from crd.config import CRDConfig
 from crd.engine import Engine
 from crd.errors import CRDError
 from crd.evaluation import SamplingSettings
 from crd.execution import compile_blocks, prepare_backbone
-from crd.loading import LoadedModel, load_model
+from crd.loading import LoadedModel, load_model, run_config
 
 
 def write_out(path: Path, write: Callable[[Path], object]) -> None:
-    """Create a file for the user, and the folders above it."""
+    """Create a file for the user, whole or not at all, and the folders above it; `write` gets a name of its suffix."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    except OSError as error:
+        replace_file(path, write)
+    except (OSError, ValueError, KeyError) as error:  # the latter two: PIL, of what a format cannot hold
         raise CRDError(f"cannot write {path}: {error}; choose another --out") from error
 
 
@@ -43,15 +44,31 @@ def build_engine(args: argparse.Namespace, config: CRDConfig | None) -> Engine:
 
 
 def load_to_draw(
-    args: argparse.Namespace, engine: Engine, target: str, base: str | None, checkpoint: str
+    args: argparse.Namespace,
+    engine: Engine,
+    target: str,
+    base: str | None,
+    checkpoint: str,
+    like: CRDConfig | None = None,
 ) -> LoadedModel:
-    """A model that runs as its run has it run; arguments as of `load_model`.
+    """A model that runs as its run has it run; other arguments as of `load_model`.
+
+    Args:
+        args: of the command.
+        engine: where it runs.
+        target: what is loaded.
+        base: the model under it.
+        checkpoint: of a run.
+        like: a run whose type of weights a target has that is no run.
 
     Raises:
         CRDError: nothing usable there, or an attention backend that is not for this model or machine.
     """
+    dtype = args.base_dtype
+    if dtype is None and like is not None and run_config(target) is None:
+        dtype = like.base_dtype
     model = load_model(
-        target, base=base, checkpoint=checkpoint, device=str(engine.device),
+        target, base=base, checkpoint=checkpoint, dtype=dtype, device=str(engine.device),
         prepare=lambda backbone, config: prepare_backbone(backbone, _execution(args, config)),
     )  # fmt: skip
     if _execution(args, model.config).compile == "regional":

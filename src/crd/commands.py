@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from crd.data import load_prompts, prompt_batch
 from crd.errors import CRDError
 from crd.evaluation import EVAL_SEED, draw, encode_unconditional
 from crd.export import export_lora, export_pipeline
-from crd.grid import GridRow, draw_grid
+from crd.grid import GridRow, draw_grid, sheet_width
 from crd.loading import checkpoint_number, is_run, load_model, run_config
 from crd.planning.automatic import gpu_memory
 from crd.planning.plan import plan_run
@@ -40,6 +41,8 @@ from crd.run_parts import load_judged
 from crd.snapshots import ANCHOR
 from crd.trainer import CRDTrainer
 from crd.unread_settings import tell_unread_settings
+
+_WIDEST = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535}  # px that a format holds
 
 transformers_logging.disable_progress_bar()
 diffusers_logging.disable_progress_bar()
@@ -115,9 +118,8 @@ def sample(args: argparse.Namespace) -> None:
     if bool(args.prompt) == bool(args.prompts):
         raise CRDError("give prompts as --prompt TEXT (repeatable) or as --prompts FILE, one of the two")
     out = Path(args.out)
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise CRDError(f"--out must be a picture such as samples.png, got {args.out!r}")
     dataset = load_prompts(args.prompts) if args.prompts else load_prompts(args.prompt)
+    _check_sheet(out, len(dataset) * args.images)
     engine = build_engine(args, run_config(args.target))
     model = load_to_draw(args, engine, args.target, args.base, args.checkpoint)
     batch = prompt_batch(dataset, range(len(dataset)), args.images, noise_seed(args, model), EVAL_SEED)
@@ -138,6 +140,17 @@ def sample(args: argparse.Namespace) -> None:
     console.print(f"wrote {out} ({len(rows)} rows x {len(batch)} images)")
 
 
+def _check_sheet(out: Path, columns: int) -> None:
+    """Refuse a file that could not hold a sheet of so many images in a row, before they are drawn."""
+    kind = Image.registered_extensions().get(out.suffix.lower())
+    if kind not in Image.SAVE:
+        raise CRDError(f"--out must be a picture such as samples.png, got {str(out)!r}")
+    width, widest = sheet_width(columns), _WIDEST.get(kind, math.inf)
+    if width > widest:
+        raise CRDError(f"a sheet of {columns} images in a row is {width} px wide and {kind} holds {widest}; give an "
+                       "--out that ends in .png, or fewer prompts and images")  # fmt: skip
+
+
 def report(args: argparse.Namespace) -> None:
     """`crd report`: one self-contained page."""
     runs = [Path(run) for run in args.runs]
@@ -148,7 +161,9 @@ def report(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """`crd export`: LoRA folder or merged pipeline."""
     engine = build_engine(args, run_config(args.target))
-    model = load_model(args.target, base=args.base, checkpoint=args.checkpoint, device=str(engine.device))
+    model = load_model(
+        args.target, base=args.base, checkpoint=args.checkpoint, dtype=args.base_dtype, device=str(engine.device)
+    )
     write = export_pipeline if args.merge else export_lora
     if model.role == ANCHOR and not args.merge:
         raise CRDError(f"{args.target} is a base model and has no LoRA; give a run, or --merge")

@@ -47,7 +47,7 @@ from crd.snapshots import ANCHOR
 
 _OF_MODELS = (
     "prompts", "reward", "held_out", "frechet", "images", "seed", "steps", "solver", "guidance", "height", "width",
-    "batch", "vae_slicing", "attention_backend", "compile",
+    "batch", "vae_slicing", "attention_backend", "compile", "base_dtype",
 )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _evaluate_models(
     found: dict[str, list[Line]] = {}
     for target, base in bases.items():
         checkpoint = args.checkpoint if is_run(Path(target)) else "last"
-        model = load_to_draw(args, engine, target, base, checkpoint)
+        model = load_to_draw(args, engine, target, base, checkpoint, run)
         evaluator = evaluator_of(args, model, judges, engine, anchor_guidance)
         # Before the time is spent on images that could not be compared.
         for known in [*kept, *(line for lines in found.values() for line in lines)][:1]:

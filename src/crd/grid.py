@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+CELL = 112  # px of an image
 _PAD, _LABEL, _MARGIN = 4, 14, 130
 _LINES = 3  # of a column header at most
 
@@ -20,8 +21,13 @@ class GridRow:
     captions: Sequence[str] | None = None
 
 
-def draw_grid(rows: Sequence[GridRow], header: Sequence[str], cell: int = 112) -> Image.Image:
-    """All rows with column headers; small images are enlarged without smoothing.
+def sheet_width(columns: int, cell: int = CELL) -> int:
+    """Pixels of a sheet of so many images in a row."""
+    return _MARGIN + columns * (cell + _PAD)
+
+
+def draw_grid(rows: Sequence[GridRow], header: Sequence[str], cell: int = CELL) -> Image.Image:
+    """All rows with column headers; small images are enlarged without smoothing, those that are not square fitted in.
 
     Raises:
         ValueError: rows of different length.
@@ -32,7 +38,7 @@ def draw_grid(rows: Sequence[GridRow], header: Sequence[str], cell: int = 112) -
     height, font = cell + _LABEL + _PAD, ImageFont.load_default(11)
     heads = [_wrapped(ImageDraw.Draw(Image.new("RGB", (1, 1))), text, cell, font) for text in header]
     head = _PAD + _LABEL * max(map(len, heads))
-    sheet = Image.new("RGB", (_MARGIN + columns * (cell + _PAD), head + len(rows) * height), "white")
+    sheet = Image.new("RGB", (sheet_width(columns, cell), head + len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for x, lines in enumerate(heads):
         for line, text in enumerate(lines):
@@ -43,8 +49,9 @@ def draw_grid(rows: Sequence[GridRow], header: Sequence[str], cell: int = 112) -
             pen.text((4, top + cell / 2 - 12 + 13 * line), part, fill="black", font=font)
         for x, image in enumerate(row.images):
             left = _MARGIN + x * (cell + _PAD)
-            filter_ = Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS
-            sheet.paste(image.resize((cell, cell), filter_), (left, top))
+            filter_ = Image.Resampling.NEAREST if max(image.size) <= cell else Image.Resampling.LANCZOS
+            tile = ImageOps.contain(image, (cell, cell), filter_)
+            sheet.paste(tile, (left + (cell - tile.width) // 2, top + (cell - tile.height) // 2))
             if row.captions is not None:
                 pen.text((left, top + cell), _fit(pen, row.captions[x], cell, font), fill="black", font=font)
     return sheet

@@ -102,12 +102,14 @@ def training_backbone(
     """The backbone that a run trains, loaded with `config.base_dtype`.
 
     Raises:
-        CRDError: the model cannot be loaded, or a `Backbone` object lies elsewhere or has another dtype.
+        CRDError: the model cannot be loaded, an object has a dtype that cannot be trained, or a `Backbone` object lies
+            elsewhere or has another dtype.
     """
     if not isinstance(model, Backbone):
         # A pipeline object keeps the dtype it came with, unless another than the default is asked for.
         as_it_is = isinstance(model, DiffusionPipeline) and config.base_dtype == CRDConfig.base_dtype
-        return load_backbone(model, dtype=None if as_it_is else DTYPES[config.base_dtype], device=device)
+        dtype = None if as_it_is else DTYPES[config.base_dtype]
+        return _trainable(load_backbone(model, dtype=dtype, device=device), config)
     if config.base_dtype != CRDConfig.base_dtype:
         raise CRDError(
             f"base_dtype={config.base_dtype} is for models that crd loads, got a Backbone object; leave it out and "
@@ -117,7 +119,21 @@ def training_backbone(
         raise CRDError(
             f"the backbone lies on {model.device} but the run is on {device}; load it there, or set device to its own"
         )
-    return model
+    return _trainable(model, config)
+
+
+def _trainable(backbone: Backbone, config: CRDConfig) -> Backbone:
+    """The backbone, whose weights have a type that `config` could ask for.
+
+    Raises:
+        CRDError: they have another.
+    """
+    allowed = [torch.float32] if config.finetune == "full" else list(DTYPES.values())
+    if backbone.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise CRDError(f"finetune={config.finetune} needs pretrained weights in {names}, got a model in "
+                       f"{str(backbone.dtype).removeprefix('torch.')}; load it so")  # fmt: skip
+    return backbone
 
 
 def build_snapshots(backbone: Backbone, config: CRDConfig, roles: tuple[str, ...]) -> Snapshots:
@@ -148,6 +164,7 @@ def load_model(
     *,
     base: str | None = None,
     checkpoint: str = "last",
+    dtype: str | None = None,
     device: str = "cpu",
     prepare: Callable[[Backbone, CRDConfig | None], None] = lambda _backbone, _config: None,
 ) -> LoadedModel:
@@ -157,6 +174,7 @@ def load_model(
         target: a run folder, a LoRA folder, a diffusers folder, a hub id, or "tiny-sd3".
         base: the model under a LoRA folder (None = "tiny-sd3"), or under a run whose model was an object.
         checkpoint: of a run: "last", "best" or the number of an update.
+        dtype: of the pretrained weights, a key of `DTYPES`; None = as the run has them, else float32.
         device: where the model goes.
         prepare: gets the backbone before any role is made of it, and the configuration of its run.
 
@@ -166,8 +184,8 @@ def load_model(
     check_target(target, base, checkpoint)
     path, model = Path(target), base_name(target, base)
     if is_run(path):
-        return _load_run(path, model, checkpoint, device, prepare)
-    backbone = load_backbone(model, device=device)
+        return _load_run(path, model, checkpoint, dtype, device, prepare)
+    backbone = load_backbone(model, dtype=DTYPES[dtype or CRDConfig.base_dtype], device=device)
     prepare(backbone, None)
     if (path / LORA_FILE).is_file():
         snapshots = Snapshots(backbone.denoiser, "lora", read_lora_settings(path), roles=())
@@ -204,14 +222,19 @@ def checkpoint_number(checkpoints: CheckpointFolder, wanted: str) -> int:
 
 
 def _load_run(
-    path: Path, model: str, wanted: str, device: str, prepare: Callable[[Backbone, CRDConfig | None], None]
+    path: Path,
+    model: str,
+    wanted: str,
+    dtype: str | None,
+    device: str,
+    prepare: Callable[[Backbone, CRDConfig | None], None],
 ) -> LoadedModel:
     config = load_config(path / CONFIG_FILE)
     checkpoints = CheckpointFolder.of_run(path)
     state = checkpoints.load(checkpoint_number(checkpoints, wanted))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    backbone = load_backbone(model, dtype=DTYPES[config.base_dtype], device=device)
+    backbone = load_backbone(model, dtype=DTYPES[dtype or config.base_dtype], device=device)
     prepare(backbone, config)
     snapshots = build_snapshots(backbone, config, roles=())
     snapshots.load_state(POLICY, state.tensors[POLICY])

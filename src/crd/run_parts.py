@@ -143,9 +143,10 @@ def check_settings(backbone: Backbone, config: CRDConfig) -> None:
     """Refuse settings that only the model can judge.
 
     Raises:
-        CRDError: a size, a guidance, an objective or a weighting that the model does not take.
+        CRDError: a size, a solver, a guidance, an objective or a weighting that the model does not take.
     """
     backbone.latent_shape(config.height, config.width)
+    backbone.check_solver(config.solver)
     for scale in (config.rollout_guidance, config.anchor_guidance, *config.eval_base_guidance):
         backbone.check_scale(scale)
     if config.objective_config().flow_only and not backbone.flow:

@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from crd.backbones.base import Backbone, guided_velocity
-from crd.errors import CRDError
+from crd.batch_sizes import is_out_of_memory
+from crd.errors import CRDError, one_line
 
 __all__ = [
     "FAMILIES",
@@ -64,7 +65,7 @@ def load_backbone(
         The backbone; all its weights are frozen and in eval mode.
 
     Raises:
-        CRDError: no such folder, not a pipeline, an unknown family, or a load that fails.
+        CRDError: no such folder, not a pipeline, an unknown family, a load that fails, or too little memory.
     """
     if isinstance(model, DiffusionPipeline):
         family(type(model).__name__, "the pipeline object")
@@ -77,9 +78,14 @@ def load_backbone(
         if max_sequence_length is None and isinstance(source, Path):
             max_sequence_length = read_settings(source).get("max_sequence_length")
     backbone_class = family(type(pipeline).__name__, str(model))
-    if max_sequence_length is None:
-        return backbone_class(pipeline, device=device)
-    return backbone_class(pipeline, device=device, max_sequence_length=max_sequence_length)
+    options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    try:
+        return backbone_class(pipeline, device=device, **options)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CRDError(f"{model} does not fit into the memory of {device}: {one_line(error)}; load it in bfloat16 "
+                       "(base_dtype), or on another device") from error  # fmt: skip
 
 
 def check_source(model: str | Path) -> None:

@@ -37,6 +37,7 @@ class Backbone(ABC):
     pipeline: Any  # the diffusers pipeline; its attributes differ by family
     denoiser: nn.Module  # the trainable network
     device: torch.device
+    dtype: torch.dtype  # of the pretrained weights
     cache: PromptCache | None = None  # conditioning that needs no text encoder
     flow: ClassVar[bool]  # trained by flow matching; False: on a DDPM path
     guidance: str = CFG
@@ -70,6 +71,10 @@ class Backbone(ABC):
     @abstractmethod
     def grid(self, num_steps: int, height: int | None = None, width: int | None = None, solver: str = EULER) -> Grid:
         """Time grid of the stock scheduler of `solver`."""
+
+    @abstractmethod
+    def check_solver(self, solver: str) -> None:
+        """Raise CRDError for a solver that the stock pipeline does not take; no weights are needed."""
 
     @abstractmethod
     def settings(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from crd.backbones.base import UNGUIDED
 from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
+from crd.flow import EULER
 
 
 class Flux2KleinBackbone(PipelineBackbone):
@@ -21,6 +22,8 @@ class Flux2KleinBackbone(PipelineBackbone):
     time_scale = 1.0
 
     def configure(self) -> None:
+        if not self.pipeline.scheduler.config.get("use_dynamic_shifting", False):
+            self.solvers = (EULER,)  # as of FLUX.1
         if self.pipeline.config.is_distilled:
             self.guidance = UNGUIDED
 

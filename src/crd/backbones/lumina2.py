@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from crd.backbones.pipeline import ATTENTION, CLIP_TOKENS, PipelineBackbone, with_norm_of
 from crd.errors import CRDError
+from crd.flow import EULER
 
 
 class Lumina2Backbone(PipelineBackbone):
@@ -16,6 +17,7 @@ class Lumina2Backbone(PipelineBackbone):
     pipeline_class = "Lumina2Pipeline"
     lora_targets = tuple(f"attn.{name}" for name in ATTENTION)
     repeated_blocks = ("Lumina2TransformerBlock",)
+    solvers = (EULER,)  # the stock call gives its own levels of noise
     conditioning = ("encoder_hidden_states", "encoder_attention_mask")
     lengths = (1, 256, 512)
     time_scale = 1.0

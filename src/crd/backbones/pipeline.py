@@ -14,7 +14,7 @@ from crd.backbones.base import CFG, Backbone
 from crd.backbones.recording import Recording, join_rows, record
 from crd.backbones.solvers import Grid, read_grid, solver_scheduler
 from crd.errors import CRDError
-from crd.flow import DPM, EULER
+from crd.flow import EULER, SOLVERS
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (
@@ -50,6 +50,7 @@ class PipelineBackbone(Backbone):
     lengths: ClassVar[tuple[int, int, int] | None] = (1, 512, 512)  # max_sequence_length: least, stock default, most
     own_grid: ClassVar[bool] = True  # the stock call lays out the grid; False: it takes that of its scheduler
     patch: ClassVar[int] = 2  # latent pixels along the side of a token
+    solvers: tuple[str, ...] = SOLVERS  # whose schedulers the stock call takes
     time_scale: float = 1000.0  # what the denoiser is told at t = 1
 
     def __init__(
@@ -215,15 +216,15 @@ class PipelineBackbone(Backbone):
         return self._grids[key]
 
     def _recorded_grid(self, num_steps: int, height: int | None, width: int | None, solver: str) -> Grid:
-        try:
-            recording = self._record([""], height, width, steps=num_steps, solver=solver)
-        except (AssertionError, TypeError, ValueError) as error:
-            if solver != DPM:
-                raise
-            # Some stock pipelines lay out their own grid, which that scheduler does not take.
-            name = type(self.pipeline).__name__
-            raise CRDError(f"solver={solver}: the stock {name} does not accept it: {error}; use {EULER}") from error
+        self.check_solver(solver)
+        recording = self._record([""], height, width, steps=num_steps, solver=solver)
         return read_grid(recording.scheduler, solver, self.flow)
+
+    def check_solver(self, solver: str) -> None:
+        if solver not in self.solvers:
+            name = type(self.pipeline).__name__
+            raise CRDError(f"solver={solver}: the stock {name} lays out a grid that its scheduler does not take; use "
+                           f"{' or '.join(self.solvers)}")  # fmt: skip
 
     def park_encoders(self) -> None:
         self._parked = True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone, with_norm_of
 from crd.errors import CRDError
+from crd.flow import EULER
 
 
 class QwenImageBackbone(PipelineBackbone):
@@ -20,6 +21,7 @@ class QwenImageBackbone(PipelineBackbone):
     pipeline_class = "QwenImagePipeline"
     lora_targets = JOINT_ATTENTION
     repeated_blocks = ("QwenImageTransformerBlock",)
+    solvers = (EULER,)  # the stock call gives its own levels of noise
     conditioning = ("encoder_hidden_states", "encoder_hidden_states_mask")
     lengths = (1, 512, 1024)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from crd.backbones.pipeline import ATTENTION, CLIP_TOKENS, PipelineBackbone
+from crd.flow import EULER
 
 
 class ZImageBackbone(PipelineBackbone):
@@ -19,6 +20,7 @@ class ZImageBackbone(PipelineBackbone):
     pipeline_class = "ZImagePipeline"
     lora_targets = tuple(f"attention.{name}" for name in ATTENTION)
     repeated_blocks = ("ZImageTransformerBlock",)
+    solvers = (EULER,)  # the stock call gives its own levels of noise
     conditioning = ("cap_feats", "length")
 
     @property

@@ -19,7 +19,7 @@ from crd.loading import DTYPES, build_snapshots
 from crd.planning.footprint import Footprint, as_on_gpu, measure, reserve_gradients, run_backward
 from crd.planning.model_files import read_model
 from crd.planning.skeleton import Skeleton, build_skeleton, size_of
-from crd.planning.workload import Forwards, Geometry, forwards, geometry, references
+from crd.planning.workload import Forwards, Geometry, forwards, geometry, references, rows_per_image
 from crd.run_parts import check_settings, check_times, trained_roles
 
 MARGIN = 0.1  # of the memory, left to the CUDA context, fragments of the allocator and workspaces of kernels
@@ -28,7 +28,8 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """Expected bytes on one device. What lies there all along, then what a phase of an update adds."""
+    """Expected bytes on one device. What lies there all along, what a phase of an update adds, and what lies there
+    before: the whole weights, text encoders and VAE, until the encoders leave and the weights are spread."""
 
     weights: int  # of the denoiser, and its copies in full fine-tuning
     text_encoders: int
@@ -40,13 +41,15 @@ class Memory:
     images: int  # latents and conditioning of an update
     references: int  # cached velocities of one optimizer step
     training: int  # activations of a micro-batch and its backward pass
-    rollout: int  # drawing and decoding of a rollout batch
+    rollout: int  # drawing and decoding of a rollout batch, or of one in evaluation
+    loading: int  # all that lies there when the model has been loaded, and none of the above
 
     @property
     def total(self) -> int:
-        """The larger of the two phases."""
+        """The largest of loading and the two phases of an update."""
         phases = self.references + self.training, self.rollout
-        return sum(dataclasses.astuple(self)) - sum((self.references, self.training, self.rollout)) + max(phases)
+        lasting = sum(dataclasses.astuple(self)) - sum((self.references, self.training, self.rollout, self.loading))
+        return max(lasting + max(phases), self.loading)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class _Estimate:
             references=cached,
             training=max(self._train.at(micro_batch), self._anchor.at(micro_batch)),
             rollout=max(self._draw.at(rollout_batch), self._decode.at(1 if config.vae_slicing else rollout_batch)),
+            loading=self._weights + self._skeleton.encoder_bytes + self._skeleton.vae_bytes,
         )
 
     def micro_batches(self, available: int | None) -> tuple[int, int]:
@@ -195,7 +199,7 @@ class _Estimate:
         return measure(decode)
 
     def _measured_calls(self) -> tuple[Footprint, Footprint, Footprint]:
-        """Of a rollout, an anchor and a training call of the denoiser."""
+        """Of a drawing, an anchor and a training call of the denoiser."""
         backbone, config = self._skeleton.backbone, self._config
         reserve_gradients(backbone.denoiser)
         plain = backbone.trained_scale(config.rollout_guidance)
@@ -214,8 +218,11 @@ class _Estimate:
             run_backward(velocity(rows, plain).square().sum())
 
         anchor = config.anchor_guidance if "anchor" in references(config) else plain
+        # Evaluations draw batches of the same size, also of the guided base model.
+        evaluated = () if config.eval_prompts is None else (config.anchor_guidance, *config.eval_base_guidance)
+        drawn = max((config.rollout_guidance, *evaluated), key=lambda scale: rows_per_image(backbone, scale))
         return (
-            measure(lambda rows: quiet(rows, config.rollout_guidance)),
+            measure(lambda rows: quiet(rows, drawn)),
             measure(lambda rows: quiet(rows, anchor)),
             measure(train),
         )

@@ -21,6 +21,7 @@ _SAID = {
     "references": "cached references",
     "training": "activations of a micro-batch",
     "rollout": "drawing a rollout batch",
+    "loading": "the loaded model, before",
 }
 
 
@@ -56,6 +57,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("rows of an update, a backward pass as two", f"{rows.total:,}")
     table.caption = (
         "Each row of the denoiser is one image at one time. Cached references and activations lie beside each other in "
-        "training; drawing comes before. Networks of rewards are not counted."
+        "training; drawing comes before. The loaded model lies there whole, with its text encoders, before anything "
+        "else does. Networks of rewards are not counted."
     )
     return table
