@@ -154,6 +154,9 @@ def test_a_lora_whose_settings_are_not_read_is_refused(
     save_file(load_file(lora_run[2] / LORA_FILE), tmp_path / LORA_FILE, header)
     with pytest.raises(CRDError, match="alpha_pattern"):
         read_lora_settings(tmp_path)
+    save_file(load_file(lora_run[2] / LORA_FILE), tmp_path / LORA_FILE, {"lora_adapter_metadata": "[1]"})
+    with pytest.raises(CRDError, match="the file is damaged"):
+        read_lora_settings(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,8 @@ def test_drawing_is_that_of_the_guided_evaluation(config: CRDConfig) -> None:
     guided, plain = plan_run(alone).memory.rollout, plan_run(replace(alone, eval_prompts=None)).memory.rollout
     assert guided > plain
     assert guided == plan_run(replace(alone, eval_prompts=None, rollout_guidance=3.0)).memory.rollout
+    many = replace(alone, rollout_batch=200)  # more than images of an update, but not than those of an evaluation
+    assert plan_run(many).memory.rollout > 10 * plan_run(replace(many, eval_prompts=None)).memory.rollout
 
 
 def test_the_model_is_loaded_whole_before_its_parts_leave(config: CRDConfig) -> None:

@@ -297,7 +297,7 @@ def test_a_trainer_that_has_trained_cannot_start_over(config: CRDConfig) -> None
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer._evaluate_and_save = finish  # type: ignore[method-assign]
-    with pytest.raises(CRDError, match="has trained already, and there is no checkpoint to go back to"):
+    with pytest.raises(CRDError, match="has trained already, so no run can begin with it"):
         trainer.train(resume=True)
 
 

@@ -47,6 +47,8 @@ class Picky:
         for prompt in prompts:
             if "?" in prompt:
                 raise CRDError(f"{prompt} asks a question")
+            if "#" in prompt:
+                raise KeyError("#")
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,9 @@ def test_prompts_are_checked_without_images(port: int) -> None:
 
     assert check(["one"], {"level": [1]}) == (200, {"protocol": 1})
     assert check(["two?"], {"level": [1]}) == (422, {"error": "two? asks a question"})
+    # The reward's own fault, which says nothing about the prompt.
+    status, answer = check(["three#"], {"level": [1]})
+    assert (status, "raised KeyError: '#'" in answer["error"]) == (500, True)
     assert check(["one"], {})[0] == 422
     assert check(["one"], {"level": 1})[0] == 422
 

@@ -317,6 +317,7 @@ def test_the_range_of_a_total_is_that_of_the_rewards_asked() -> None:
     columns = {"rewards": [["from_0"], ["from_0", "from_1"], ["from_0", "from_7"], ["redness", "from_1"]]}
     assert rewards.total_range(["a"] * 4, columns) == (-2.5, 1.0)  # 0 - 2.5 and 1 - 0.5; what has no range is left out
     assert rewards.total_range(["a"], {}) is None
+    assert RewardSet(ranged(0, math.inf)).total_range(["a"], {}) is None
 
 
 def test_a_reward_is_asked_only_about_the_prompts_that_name_it() -> None:

@@ -16,7 +16,7 @@ KL_GATES = ("reward", "advantage", "constant")
 NORMALIZATIONS = ("none", "group")
 
 # A sum of weighted rewards may end a few roundings beside its range; more than this is a wrong range.
-_RANGE_SLACK = 1e-6
+RANGE_SLACK = 1e-6
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def kl_gate(kind: str, rewards: Tensor, advantage: Tensor, reward_range: tuple[f
     if not low < high:
         raise CRDError(f"kl_reward_range must be (lo, hi) with lo < hi, got ({low}, {high}); correct it")
     gate = (rewards.double() - low) / (high - low)
-    outside = ~((gate >= -_RANGE_SLACK) & (gate <= 1 + _RANGE_SLACK))
+    outside = ~((gate >= -RANGE_SLACK) & (gate <= 1 + RANGE_SLACK))
     if bool(outside.any()):
         value = rewards[outside][0].item()
         raise CRDError(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
 def share(folder: Path) -> None:
     """Ordinary permissions for a folder and all in it: mkdtemp and safetensors make things only their owner can read.
 
-    Raises OSError.
+    Where a file system has none to change, they stay as they are. Raises OSError if nothing can be written.
     """
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    probe = folder / ".permissions"
+    probe.touch()  # as the umask has it
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    with suppress(PermissionError):
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

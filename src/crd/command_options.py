@@ -23,8 +23,12 @@ from crd.loading import LoadedModel, load_model, run_config
 def write_out(path: Path, write: Callable[[Path], object]) -> None:
     """Create a file for the user, whole or not at all, and the folders above it; `write` gets a name of its suffix."""
     try:
+        path = path.resolve()  # of a link, what it points to
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, write)
+        if path.exists() and not path.is_file():
+            write(path)  # a pipe, say
+        else:
+            replace_file(path, write)
     except (OSError, ValueError, KeyError) as error:  # the latter two: PIL, of what a format cannot hold
         raise CRDError(f"cannot write {path}: {error}; choose another --out") from error
 

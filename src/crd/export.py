@@ -169,8 +169,8 @@ def _read_lora(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-        settings = json.loads(header.get(_ADAPTER_SETTINGS, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+        settings: dict[str, Any] = dict(json.loads(header.get(_ADAPTER_SETTINGS, "{}")))
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise CRDError(f"cannot read {path}: {error}; the file is damaged, export it again") from error
     components = {name.split(".", 1)[0] for name in tensors}
     if len(components) != 1 or any(".lora_" not in name for name in tensors):
@@ -179,7 +179,8 @@ def _read_lora(folder: Path) -> dict[str, Tensor]:
     own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
     scale = _file_scale(path, own)
     return {
-        name.removeprefix(prefix): scale * tensor if ".lora_B." in name else tensor for name, tensor in tensors.items()
+        name.removeprefix(prefix): scale * tensor.float() if ".lora_B." in name else tensor
+        for name, tensor in tensors.items()
     }
 
 

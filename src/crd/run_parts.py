@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from crd.advantages import RANGE_SLACK
 from crd.backbones import Backbone
 from crd.config import CRDConfig
 from crd.console import console
@@ -106,7 +107,7 @@ def load_judged(
     patience = config.peer_timeout if processes > 1 else math.inf
     rewards = RewardSet(funcs, config.reward_weights, patience=patience)
     train_data = judged_prompts("prompts", config.prompts if train_dataset is None else train_dataset, rewards)
-    _check_total(config, rewards, train_data)
+    _warn_of_total(config, rewards, train_data)
     judged = config.eval_prompts if eval_dataset is None else eval_dataset
     eval_data = None if judged is None else judged_prompts("eval_prompts", judged, rewards)
     if config.eval_base_guidance and eval_data is None:
@@ -116,16 +117,18 @@ def load_judged(
     return Judged(rewards, train_data, eval_data, HeldOutScores(config.held_out, eval_data, patience))
 
 
-def _check_total(config: CRDConfig, rewards: RewardSet, data: PromptDataset) -> None:
-    """Refuse rewards whose total may leave `kl_reward_range`: a run would end at the first image that does."""
+def _warn_of_total(config: CRDConfig, rewards: RewardSet, data: PromptDataset) -> None:
+    """Say if totals may leave `kl_reward_range`, which would end a run late, and for good."""
     found = (
         rewards.total_range(data.prompts, data.columns) if config.kl_max > 0 and config.kl_gate == "reward" else None
     )
     low, high = config.kl_reward_range
-    if found is not None and not (low <= found[0] and found[1] <= high):
-        raise CRDError(f"the weighted sum of the rewards of a prompt can lie in {list(found)}, outside of "
-                       f"kl_reward_range={[low, high]}; set kl_reward_range to {found[0]:g},{found[1]:g}, or another "
-                       "kl_gate")  # fmt: skip
+    slack = RANGE_SLACK * (high - low)
+    if found is not None and not (low - slack <= found[0] and found[1] <= high + slack):
+        told = f"{found[0]:.6g} to {found[1]:.6g}, kl_reward_range is {low:g} to {high:g}"
+        console.print(f"warn: the weighted sum of the rewards may lie outside of kl_reward_range ({told}): the first "
+                      "image of which it does ends the run, and a resumed run cannot change it", style="yellow",
+                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def sampling_role(config: CRDConfig) -> str:

@@ -130,8 +130,10 @@ class CRDTrainer:
         """
         with self.ranks.together():
             self.judged.check_scorers(self.ranks)
+            self.optimizer.zero_grad()  # what an interrupted step of this trainer has left
             missed = False  # the evaluation that is due at the checkpoint
             if resume is False:
+                self._check_fresh()
                 self.books.create()
             else:
                 missed = self._go_back(resume)
@@ -161,9 +163,7 @@ class CRDTrainer:
         books.reopen()
         with self.ranks.together():
             if resume is True and not books.checkpoints.updates():
-                if self.progress != Progress():
-                    raise CRDError("this trainer has trained already, and there is no checkpoint to go back to; make a "
-                                   "new one to start over")  # fmt: skip
+                self._check_fresh()
                 console.print("no checkpoint yet: the run starts over")
             else:
                 self._restore(checkpoint_number(books.checkpoints, "last" if resume is True else str(resume)))
@@ -176,12 +176,17 @@ class CRDTrainer:
         books.go_on_from(done, eligible)
         return missed
 
+    def _check_fresh(self) -> None:
+        """Refuse to begin a run with weights that have been trained."""
+        if self.progress.optimizer_steps:
+            raise CRDError("this trainer has trained already, so no run can begin with it; make a new one, or go on "
+                           "from a checkpoint with train(resume=True)")  # fmt: skip
+
     def _restore(self, number: int) -> None:
         if self.args.updates < number:
             raise CRDError(f"updates={self.args.updates} is below the {number} that are done; raise it")
         checkpoint = self.books.checkpoints.load(number)
         self.progress = restore(checkpoint, self.snapshots, self.optimizer, self.train_data)
-        self.optimizer.zero_grad()  # what an interrupted step of this trainer has left
 
     def _run(self, resume_from: int | None, missed: bool) -> None:
         """Evaluation before, or the one that was `missed`; then updates with their logging, evaluation, checkpoints."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from crd.backbones.base import EMBEDDED, UNGUIDED
 from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
+from crd.backbones.solvers import takes_shift
 from crd.flow import EULER
 
 
@@ -21,8 +22,8 @@ class FluxBackbone(PipelineBackbone):
     time_scale = 1.0
 
     def configure(self) -> None:
-        if not self.pipeline.scheduler.config.get("use_dynamic_shifting", False):
-            self.solvers = (EULER,)  # the stock call gives a shift, which other schedulers then refuse
+        if not takes_shift(self.pipeline.scheduler):
+            self.solvers = (EULER,)
         self.guidance, self.stock_scale = (EMBEDDED, 3.5) if self.config.guidance_embeds else (UNGUIDED, 1.0)
 
     @property

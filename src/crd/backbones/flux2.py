@@ -6,6 +6,7 @@ from torch import Tensor
 
 from crd.backbones.base import UNGUIDED
 from crd.backbones.pipeline import CLIP_TOKENS, JOINT_ATTENTION, PipelineBackbone
+from crd.backbones.solvers import takes_shift
 from crd.flow import EULER
 
 
@@ -22,8 +23,8 @@ class Flux2KleinBackbone(PipelineBackbone):
     time_scale = 1.0
 
     def configure(self) -> None:
-        if not self.pipeline.scheduler.config.get("use_dynamic_shifting", False):
-            self.solvers = (EULER,)  # as of FLUX.1
+        if not takes_shift(self.pipeline.scheduler):
+            self.solvers = (EULER,)
         if self.pipeline.config.is_distilled:
             self.guidance = UNGUIDED
 

@@ -105,6 +105,12 @@ def solver_scheduler(own: Any, solver: str, flow: bool) -> Any:
     return scheduler
 
 
+def takes_shift(own: Any) -> bool:
+    """Whether `DPMSolverMultistepScheduler` with this configuration takes the shift that a stock call gives."""
+    exponential = own.config.get("time_shift_type", "exponential") == "exponential"
+    return bool(own.config.get("use_dynamic_shifting", False)) and exponential
+
+
 def plain_grid(own: Any, num_steps: int, solver: str, flow: bool) -> Grid:
     """The grid of a scheduler by itself; arguments as in `solver_scheduler`.
 

@@ -145,7 +145,7 @@ def _execution(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_nothing_is_chosen(args: argparse.Namespace) -> None:
     """Refuse options of runs beside --summary: it tells of all that there are."""
-    choices = ("tasks", "arms", "seeds", "retry", "keep_weights", "dry_run")
+    choices = ("tasks", "arms", "seeds", "compile", "retry", "keep_weights", "dry_run")
     given = [f"--{name.replace('_', '-')}" for name in choices if args.__dict__[name]]
     if given:
         raise CRDError(f"--summary runs nothing and tells of all runs that there are, got {', '.join(given)}; leave "

@@ -146,7 +146,9 @@ class _Estimate:
         latent = math.prod(self._latent) * _FLOAT
         conditioning = sum(_bytes(tensor) for tensor in self._conditioning(1).values())
         prompts = min(config.prompts_per_update, size.own_images)
-        micro_batch, rollout_batch = min(micro_batch, max(size.own_rows)), min(rollout_batch, size.own_images)
+        micro_batch = min(micro_batch, max(size.own_rows))
+        if config.eval_prompts is None:  # of which there may be more than images of an update
+            rollout_batch = min(rollout_batch, size.own_images)
         cached = len(references(config)) * max(size.own_rows) * latent if config.cache_references else 0
         return Memory(
             weights=self._weights * (roles + 1 if full else 1) // kept,
@@ -218,7 +220,7 @@ class _Estimate:
             run_backward(velocity(rows, plain).square().sum())
 
         anchor = config.anchor_guidance if "anchor" in references(config) else plain
-        # Evaluations draw batches of the same size, also of the guided base model.
+        # Evaluations call the network for batches of the same size, also for the guided base model.
         evaluated = () if config.eval_prompts is None else (config.anchor_guidance, *config.eval_base_guidance)
         drawn = max((config.rollout_guidance, *evaluated), key=lambda scale: rows_per_image(backbone, scale))
         return (

@@ -91,7 +91,7 @@ def read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
     """
     found: list[Evaluation] = []
     missing: list[str] = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):  # without what is being written
         content = read_object(path)
         record = parse_record(content)
         sheet = (parse_sheet(content.inner("pictures"), folder, len(record.prompt_id))

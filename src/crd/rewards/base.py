@@ -164,7 +164,8 @@ class RewardSet:
     def total_range(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> tuple[float, float] | None:
         """Lowest and highest total that images of P prompts can have when every reward asked about them applies.
 
-        Prompts that a reward without a range is asked about are left out; None if no prompt is left.
+        Prompts that a reward without a range, or with an unbounded one, is asked about are left out; None if no prompt
+        is left.
         """
         rows = rows_asked(prompts, columns, list(self.weights))
         lows, highs = [0.0] * len(prompts), [0.0] * len(prompts)
@@ -175,7 +176,7 @@ class RewardSet:
             for row in rows[reward.name]:
                 lows[row] += low
                 highs[row] += high
-        known = [(low, high) for low, high in zip(lows, highs, strict=True) if not math.isnan(low)]
+        known = [(low, high) for low, high in zip(lows, highs, strict=True) if math.isfinite(high - low)]
         return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
     def score(

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
-from crd.errors import CRDError, told_of
+from crd.errors import CRDError, ServiceError, told_of
 from crd.records import ASKED
 from crd.rewards import RewardSet
 from crd.serving.announcement import Limits, ServerInfo
@@ -33,9 +33,11 @@ class RefusedError(Exception):
 
 @contextmanager
 def refused(status: int) -> Iterator[None]:
-    """A `CRDError` inside becomes a refusal."""
+    """A `CRDError` inside becomes a refusal; one of a reward that is broken is a failure, whatever was asked."""
     try:
         yield
+    except ServiceError as error:
+        raise RefusedError(500, str(error)) from error
     except CRDError as error:
         raise RefusedError(status, str(error)) from error
 
