@@ -131,9 +131,12 @@ def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], c
         if of_arm:
             by = "" if sweep.by is None else f"{sweep.by}: {of_arm[0].settings[sweep.by]}"
             lines.setdefault(by, []).append((float(of_arm[0].settings[sweep.field]), arm))
+    values = sorted({value for one in lines.values() for value, _ in one})
+    logarithmic = values[0] > 0
     for place, (label, points) in enumerate(sorted(lines.items())):
         points.sort()
-        across = [value for value, _ in points]
+        # A little beside each other, so that intervals do not hide each other.
+        across = [value * 1.05**place if logarithmic else value for value, _ in points]
         for panel, measure in zip(panels, measures, strict=True):
             found = [comparison.mean(arm, measure) for _, arm in points]
             ends = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
@@ -142,8 +145,10 @@ def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], c
                            marker=_MARKERS[look], linewidth=2, capsize=3, label=label or None)  # fmt: skip
             panel.set_title(title(measure), fontsize=10)
             panel.set_xlabel(sweep.field)
-            if all(value > 0 for one in lines.values() for value, _ in one):
+            if logarithmic:
                 panel.set_xscale("log")
+                panel.set_xticks([], minor=True)
+            panel.set_xticks(values, [f"{value:g}" for value in values])
     _finish(figure, panels[0], f"{task}, {name}")
     return figure
 
