@@ -24,7 +24,7 @@ from crd.eval_record import EvalRecord, read_record
 from crd.evaluation import SHOWN, EvalResult
 from crd.json_files import JsonObject
 
-FOLDER, EVENTS, PICTURES = "evaluations", "events.jsonl", "events"
+FOLDER, EVENTS, PICTURES, SAMPLES = "evaluations", "events.jsonl", "events", "samples"
 UPDATE, BASE = "update-", "base-cfg-"
 TILES, COLUMNS, TILE = SHOWN, 8, 160  # at most so many pictures, so many in a row, of so many px
 
@@ -107,11 +107,11 @@ class EvaluationFiles:
         return read_record(path) if path.is_file() else None
 
     def forget_after(self, update: int) -> None:
-        """Drop evaluations and events of later updates: a run that goes on from `update` has not made them.
+        """Drop evaluations, sheets and events of later updates: a run that goes on from `update` has not made them.
 
         Raises OSError.
         """
-        for folder in (self.folder, self.run / PICTURES):
+        for folder in (self.folder, self.run / SAMPLES, self.run / PICTURES):
             for path in folder.glob(f"{UPDATE}*"):
                 if _update(path) > update:
                     path.unlink()

@@ -57,7 +57,6 @@ class RunBooks:
 
         def tidy() -> None:
             self.checkpoints.forget_after(update, eligible)
-            self.folder.forget_samples_after(update)
             self.folder.record(self.recorded)
             self.folder.forget_summary()
 

@@ -21,13 +21,13 @@ from crd.config_io import load_config
 from crd.console import console
 from crd.errors import CRDError
 from crd.evaluation import EvalResult
+from crd.evaluation_files import SAMPLES, UPDATE
 from crd.grid import GridRow, draw_grid
 from crd.run_summary import Scores, summary, summary_table
 from crd.training_state import Progress
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
-SAMPLES, SHEET = "samples", "update-"
 GIVEN_IN_PYTHON = "(given in Python)"
 _SHEET = 12  # images on a sample sheet
 _PACKAGES = (
@@ -146,18 +146,6 @@ class RunFolder:
         with self._told_if_full():
             (self.path / SUMMARY_FILE).unlink(missing_ok=True)
 
-    def forget_samples_after(self, update: int) -> None:
-        """Delete the sample sheets of later updates: a run that goes on from `update` has not drawn them.
-
-        Raises:
-            CRDError: one cannot be deleted.
-        """
-        with self._told_if_full():
-            for path in (self.path / SAMPLES).glob(f"{SHEET}*.png"):
-                number = path.stem.removeprefix(SHEET)
-                if number.isdigit() and int(number) > update:
-                    path.unlink()
-
     def remove(self) -> None:
         """Delete what `create` and a start that came to nothing have left."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -177,7 +165,7 @@ class RunFolder:
         row = GridRow(f"update {update}", result.images[:count], captions)
         with self._told_if_full():
             folder.mkdir(exist_ok=True)
-            draw_grid([row], [""] * count).save(folder / f"{SHEET}{update:06d}.png")
+            draw_grid([row], [""] * count).save(folder / f"{UPDATE}{update:06d}.png")
 
     def summarise(self, progress: Progress, found: Scores) -> dict[str, float]:
         """Write summary.json, show it, and return what it holds.
