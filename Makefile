@@ -15,7 +15,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # Further arguments of the command behind a target: make demo ARGS="--seed 1", make test ARGS="-k centering".
 ARGS ?=
-# Runs at a time of make results and make results-quick, one CPU thread each.
+# Runs at a time of make results and make results-quick, and processes of make test; one CPU thread each. A debugger needs
+# one process of tests: make test JOBS=0 ARGS="--pdb -k centering".
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -53,7 +54,7 @@ pretrain: $(VENV)/.dev ## train the bundled model itself from scratch (hours); r
 	$(BIN)/python -m crd.tiny.pretrain $(ARGS)
 
 test: $(VENV)/.dev ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

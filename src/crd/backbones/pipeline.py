@@ -221,7 +221,7 @@ class PipelineBackbone(Backbone):
         return read_grid(recording.scheduler, solver, self.flow)
 
     def check_solver(self, solver: str) -> None:
-        if solver not in self.solvers:
+        if solver in SOLVERS and solver not in self.solvers:  # an unknown one is `solver_scheduler`'s to refuse
             name = type(self.pipeline).__name__
             raise CRDError(f"solver={solver}: the stock {name} lays out a grid that its scheduler does not take; use "
                            f"{' or '.join(self.solvers)}")  # fmt: skip

@@ -58,7 +58,7 @@ class RewardService:
         self._rewards = rewards
         self._max_queue, self._inside = max_queue, 0
         self._turn = asyncio.Lock()  # lets waiting requests through in their order
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-server")
         self._last_s = 1.0  # which the last batch took
 
     async def load(self, device: str) -> None:
