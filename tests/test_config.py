@@ -83,7 +83,7 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str, tmp_path: Path) -
         ("finetune", "qlora"), ("mixed_precision", "int8"), ("residual", "twice"), ("weighting", "none"),
         ("kl_reward_range", [1, 0]), ("kl_reward_range", [0]), ("kl_min", 0.2), ("kl_max", -1), ("old_start", 1.5),
         ("sampler_slope", -0.1), ("adam_beta1", 1.0), ("adam_beta2", -0.1), ("weight_decay", -1), ("threads", 0),
-        ("lora_alpha", 0), ("advantage_clip", 0), ("advantage_clip", math.inf), ("warmup_steps", -1),
+        ("height", 0), ("lora_alpha", 0), ("advantage_clip", 0), ("advantage_clip", math.inf), ("warmup_steps", -1),
         ("reward_weights", "1,two"),
         ("updates", "[1"), ("objective", "crdd"), ("timestep_fraction", 0), ("timestep_fraction", 1.5),
         ("timestep_fraction", "nan"), ("beta", "inf"), ("loss_scale", "inf"), ("learning_rate", "inf"),

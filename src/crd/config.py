@@ -190,8 +190,9 @@ class CRDConfig:
             _check_finite("kl_reward_range, eval_base_guidance and reward_weights", number)
         if not 0 < self.timestep_fraction <= 1:
             raise CRDError(f"timestep_fraction must lie in (0, 1], got {self.timestep_fraction}; published: 0.99")
-        if self.threads is not None:
-            _check_above("threads", self.threads, 0)
+        for name in ("height", "width", "threads"):
+            if self.__dict__[name] is not None:
+                _check_above(name, self._value(name), 0)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= self._value(name) < 1:
                 raise CRDError(f"{name} must lie in [0, 1), got {self._value(name)}; published: 0.9 and 0.999")
