@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from crd.bench.analysis import Curve
@@ -124,8 +125,36 @@ def test_drift_at_equal_reward(comparison: Comparison) -> None:
 
 def test_the_distance_to_another_anchor_is_left_out(comparison: Comparison) -> None:
     assert comparison.other_anchor == ("hacks",)
-    assert math.isnan(comparison.mean("hacks", "kl_to_anchor").mean)
+    for name in ("kl_to_anchor", "train_kl"):
+        assert math.isnan(comparison.mean("hacks", name).mean)
     assert comparison.mean("slow", "kl_to_anchor").mean == pytest.approx(1.01)
+
+
+def test_distances_to_different_anchors_do_not_stand_side_by_side_without_the_reference_either(
+    outcomes: list[Outcome],
+) -> None:
+    for arms, left_out in ((ARMS[1:], ARMS[1:]), (ARMS[2:], ())):
+        found = compare_arms(outcomes, arms, "crd")
+        assert found is not None
+        assert set(found.other_anchor) == set(left_out)
+
+
+def test_memory_of_runs_that_were_executed_otherwise_is_left_out(outcomes: list[Outcome], tmp_path: Path) -> None:
+    """Compiled, `crd` of seed 0 takes another amount; that `slow` of seed 0 waited is no matter."""
+    outcomes[0] = timed(outcomes[0], compile="regional", peak_bytes=10**9)
+    outcomes[1] = timed(outcomes[1], waited_seconds=30.0)
+    found = compare_arms(outcomes, ARMS, "crd")
+    assert found is not None
+    assert found.executed_otherwise == ("task/crd/seed-0",)
+    ratio = found.ratio("slow", "peak_memory_bytes")
+    assert (ratio.mean, ratio.seeds) == (pytest.approx(2.0), 2)
+    text = write_report(tmp_path, SUITE, outcomes, {}, {}).read_text()
+    assert text.split("Without memory, ")[1].splitlines()[0].endswith("than most: task/crd/seed-0.")
+
+
+def test_seconds_of_a_run_of_which_an_attempt_was_lost_are_not_its_own(outcomes: list[Outcome]) -> None:
+    assert outcomes[0].undisturbed
+    assert not timed(outcomes[0], seconds=19.0).undisturbed  # it trained for 20
 
 
 def test_unfinished_runs_and_missing_seeds_are_left_out(outcomes: list[Outcome]) -> None:
@@ -200,7 +229,7 @@ def test_the_report_tells_it(outcomes: list[Outcome], tmp_path: Path) -> None:
     told = {row[0]: row[1:] for row in table}
     assert told["difference at equal reward"][2] == "**−0.150 [−0.150, −0.150]**"
     assert told["KL to the anchor"][2] == "–"
-    assert told["Train kl"][2] == "0.200 [0.200, 0.200]"
+    assert told["Train kl"] == ["0.200 [0.200, 0.200]", "0.200 [0.200, 0.200]", "–"]
     assert told["KL to the base model"][2] == "0.400 [0.400, 0.400]"
     assert told["peak memory, GB"] == ["2.00 [2.00, 2.00]", "4.00 [4.00, 4.00]", "2.00 [2.00, 2.00]"]
     assert rows[-2:] == [["training, s", *(f"{s} [{s}, {s}]" for s in (20, 40, 20))],
@@ -243,14 +272,32 @@ def test_figures_are_drawn_for_groups_and_sweeps(outcomes: list[Outcome], tmp_pa
     figures = draw_figures(tmp_path, SUITE, outcomes)
     (written,) = figures.values()
     assert [path.name for path in written] == ["task-arms.svg", "task-sweep-beta.svg"]
-    svg = written[0].read_text()
-    for color in COLORS[:3]:
-        assert color in svg
     with Image.open(written[0].with_suffix(".png")) as picture:
         assert picture.width > 1000
     text = write_report(tmp_path, SUITE, outcomes, {}, figures).read_text()
     assert "![task-arms](task-arms.svg)" in text
     assert "Failed" not in text
+
+
+def test_panels_show_what_they_say(outcomes: list[Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thin lines of the seeds and a thick one of their mean for each arm, in the units of the axis."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr("crd.bench.figures._save", lambda figure, path: drawn.append(figure) or path)
+    draw_figures(tmp_path, replace(SUITE, sweeps={}), outcomes)
+    panels = drawn[0].axes
+    assert [(panel.get_title(), panel.get_xlabel()) for panel in panels] == [
+        ("Reward", "images"), ("Reward", "transformer evaluations, thousands"), ("Reward", "minutes of training"),
+        ("Held out: other", "reward"), ("Diversity within a prompt", "images"), ("KL to the base model", "images"),
+        ("KL to the anchor", "images"),
+    ]  # fmt: skip
+    slow = [[line for line in panel.get_lines() if line.get_color() == COLORS[1]] for panel in panels]
+    assert [len(lines) for lines in slow] == [4] * 7
+    assert [list(lines[-1].get_xdata()) for lines in slow[:3]] == [[0, 100, 200], [0, 1, 2], [0, 1 / 3, 2 / 3]]
+    assert list(slow[0][-1].get_ydata()) == pytest.approx([0.21, 0.41, 0.51])
+    assert list(slow[3][-1].get_xdata()) == pytest.approx([0.21, 0.41, 0.51])
+    assert list(slow[3][-1].get_ydata()) == pytest.approx([0.51, 0.51, 0.51])
+    hacks = [sum(line.get_color() == COLORS[2] for line in panel.get_lines()) for panel in panels]
+    assert hacks == [4] * 6 + [0]  # its distance is to another anchor
 
 
 def test_a_group_of_which_only_the_reference_has_run_is_not_told(outcomes: list[Outcome], tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_families import FAMILIES, tiny_family
 
 from crd.bench.cells import Attempt, CellFolder
 from crd.bench.checks import check_runs, rows_per_update
+from crd.bench.schedule import plan_cells, remaining_seconds
 from crd.bench.suite import Cell
 from crd.bench.suite_file import parse_suite, read_suite, suites
 from crd.cli import main
@@ -164,6 +166,9 @@ def test_the_name_of_a_suite_is_its_own(tmp_path: Path) -> None:
         ({"sweeps": {"s": {"field": "share_noise", "arms": ["crd"]}}}, "so a number, got 'share_noise'"),
         ({"arms": {"crd": {}, "loose": {}, **{f"a{n}": {} for n in range(7)}}}, "has 9 arms"),
         ({"tasks": None}, "at least one task"),
+        ({"groups": {"x": ["crd"], "x-samples": ["loose"]}}, "two figures would be called ocr-x-samples"),
+        ({"groups": {"sweep-s": ["loose"]}, "sweeps": {"s": {"field": "kl_max", "arms": ["crd", "loose"]}}},
+         "two figures would be called ocr-sweep-s"),
     ],
     ids=str,
 )  # fmt: skip
@@ -197,12 +202,25 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"rewards": "nothing"}, "unknown reward 'nothing'"),
         ({"height": 17}, "arm loose: .*17"),
         ({"eval_steps": 3}, "task ocr: arms crd and loose cannot be compared: eval_steps is 10 and 3"),
+        ({"eval_every": 3}, "task ocr: arms crd and loose cannot be compared: eval_every is 12 and 3"),
+        ({"mixed_precision": "no"}, "task ocr: arms crd and loose cannot be compared: mixed_precision is"),
     ],
     ids=str,
 )
 def test_runs_that_cannot_be_made_or_compared_are_refused(arm: dict[str, Any], message: str) -> None:
     suite = parse_suite(written(tasks={"ocr": {"recipe": "ocr-demo"}}, arms={"crd": {}, "loose": arm}))
     with pytest.raises(CRDError, match=f"suite small, .*{message}"):
+        check_runs(suite, suite.cells())
+
+
+def test_guidance_that_is_an_input_of_the_network_is_that_of_evaluations_too(tmp_path: Path) -> None:
+    tiny_family("FLUX.1-dev").save_pretrained(tmp_path)
+    side, told = FAMILIES["FLUX.1-dev"].side, "arm loose: it is evaluated at guidance 2 and crd at 3.5; set rollout_"
+    model = {"model": str(tmp_path), "height": side, "width": side, "finetune": "lora", "rollout_guidance": 3.5}
+    tasks = {"ocr": {"recipe": "ocr-demo", "settings": model}}
+    suite = parse_suite(written(tasks=tasks, arms={"crd": {}, "loose": {"rollout_guidance": 2.0}}))
+    check_runs(suite, suite.cells(arms=["crd"]))
+    with pytest.raises(CRDError, match=re.escape(told)):
         check_runs(suite, suite.cells())
 
 
@@ -287,3 +305,28 @@ def test_an_attempt_is_read_as_it_was_written(unknown: dict[str, None], tmp_path
     folder.path.mkdir(parents=True)
     folder.add(attempt)
     assert folder.attempts() == [attempt]
+
+
+ATTEMPT = Attempt("2026-01-01T00:00:00+00:00", 60.0, 50.0, 2 * 10**9, 0, False, 1, 2, "a processor", 2, "abc+")
+
+
+def test_an_attempt_behind_a_line_that_was_cut_off_is_kept(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path, Cell("ocr", "crd", 0))
+    folder.path.mkdir(parents=True)
+    folder.add(ATTEMPT)
+    path = folder.path / "attempts.jsonl"
+    path.write_text(path.read_text() + path.read_text()[:30])
+    second = replace(ATTEMPT, seconds=7.0)
+    folder.add(second)
+    assert folder.attempts() == [ATTEMPT, second]
+
+
+@pytest.mark.parametrize(("left", "jobs", "seconds"), [(1, 2, 600), (3, 2, 1200), (5, 16, 600), (4, 2, 1200)])
+def test_the_time_that_is_left_is_that_of_whole_runs(left: int, jobs: int, seconds: float, tmp_path: Path) -> None:
+    """One run took 600 s; that of another seed, which was made elsewhere, is no measure."""
+    suite = parse_suite(written(seeds=list(range(9)), tasks={"ocr": {"recipe": "ocr-demo"}}, arms={"crd": {}}))
+    found = plan_cells(suite, suite.cells(), tmp_path, {})
+    done, other = (replace(one, state="finished") for one in found[:2])
+    planned = [replace(done, seconds=600.0), other, *found[2 : 2 + left]]
+    assert remaining_seconds(planned, jobs) == pytest.approx(seconds)
+    assert remaining_seconds([other, *found[2:]], jobs) is None

@@ -262,6 +262,10 @@ class CRDConfig:
         """Whether a batch size is left to the plan of the run."""
         return AUTO in (self.micro_batch, self.rollout_batch)
 
+    def evaluation_is_due(self, update: int) -> bool:
+        """Whether a run is evaluated after so many updates."""
+        return update in (0, self.updates) or (self.eval_every > 0 and update % self.eval_every == 0)
+
     def batches(self, micro_batch: int, rollout_batch: int) -> tuple[int, int]:
         """`micro_batch` and `rollout_batch` as they are set, or as given here where they are "auto"."""
         return (

@@ -168,7 +168,7 @@ class CRDTrainer:
             else:
                 self._restore(checkpoint_number(books.checkpoints, "last" if resume is True else str(resume)))
             done = self.progress.updates_done
-            due = self.watch is not None and done > 0 and self._evaluation_is_due()
+            due = self.watch is not None and done > 0 and self.args.evaluation_is_due(done)
             missed = due and not books.has_evaluation(done)
         if self.watch is not None:
             self.watch.go_back(done - 1 if missed else done or BEFORE_ALL)
@@ -340,7 +340,7 @@ class CRDTrainer:
         config, done = self.args, self.progress.updates_done
         final = done == config.updates
         verdict: Verdict | None = None
-        if self._evaluation_is_due():
+        if self.args.evaluation_is_due(done):
             try:
                 verdict = self._log_evaluation()
             except CRDError as error:
@@ -366,10 +366,6 @@ class CRDTrainer:
             console.print(f"the alarm stops the run after update {done}; `crd report {run}` shows why")
             return False
         return True
-
-    def _evaluation_is_due(self) -> bool:
-        every, done = self.args.eval_every, self.progress.updates_done
-        return done == self.args.updates or (every > 0 and done % every == 0)
 
     def _log_evaluation(self) -> Verdict | None:
         """Evaluation of the policy, logged and judged; None without evaluation prompts."""

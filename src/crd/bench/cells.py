@@ -100,6 +100,8 @@ class CellFolder:
             return [*train, "--resume", str(self.run), *execution]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for begun in self.run.glob(".tmp-*"):  # of a run that was killed before it had a configuration
+                begun.unlink()
             replace_file(self._settings, lambda path: path.write_text(config.to_yaml(), encoding="utf-8"))
         except OSError as error:
             raise CRDError(f"cannot write {self._settings}: {error}; choose another --output_dir") from error
@@ -121,9 +123,10 @@ class CellFolder:
         Raises:
             CRDError: it cannot be written.
         """
+        # As a whole: behind a line that a full disk cut off, another one would be lost with it.
+        lines = [json.dumps(dataclasses.asdict(one)) + "\n" for one in (*self.attempts(), attempt)]
         try:
-            with self._attempts.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(dataclasses.asdict(attempt)) + "\n")
+            replace_file(self._attempts, lambda path: path.write_text("".join(lines), encoding="utf-8"))
         except OSError as error:
             raise CRDError(f"cannot write {self._attempts}: {error}; free space") from error
 
@@ -136,6 +139,8 @@ class CellFolder:
         folder = self.run / CHECKPOINTS
         try:
             shutil.rmtree(folder)
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise CRDError(f"cannot remove {folder}: {error}; remove it, or use --keep-weights") from error
 

@@ -26,6 +26,7 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
         CRDError: names the task and the arm.
     """
     arms: dict[str, dict[str, CRDConfig]] = {}
+    scales: dict[str, tuple[str, float]] = {}
     for cell in cells:
         known = arms.setdefault(cell.task, {})
         if cell.arm in known:  # another seed asks for nothing else
@@ -34,7 +35,16 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
             known[cell.arm] = suite.config(cell, Path("unused"), {})
             load_judged(known[cell.arm])
             check_without_weights(_backbone(known[cell.arm]), known[cell.arm])
+            _check_scale(_backbone(known[cell.arm]).trained_scale(known[cell.arm].rollout_guidance), cell, scales)
     check_measured(suite, [cell for cell in suite.cells() if cell.task in arms])
+
+
+def _check_scale(scale: float, cell: Cell, scales: dict[str, tuple[str, float]]) -> None:
+    """Refuse arms of a task that a model with embedded guidance is evaluated at different scales of."""
+    first, was = scales.setdefault(cell.task, (cell.arm, scale))
+    if was != scale:
+        raise CRDError(f"it is evaluated at guidance {scale:g} and {first} at {was:g}; set rollout_guidance for the "
+                       "suite or the task")  # fmt: skip
 
 
 def check_measured(suite: Suite, cells: Iterable[Cell]) -> None:

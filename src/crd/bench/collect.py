@@ -1,27 +1,22 @@
-"""From run folders to one record a run, its curve and what it took, and to JSON lines of both."""
+"""From run folders to one record a run: its curve and what it took."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crd.atomic import replace_file
 from crd.bench.analysis import Curve
 from crd.bench.cells import FINISHED, Attempt
 from crd.bench.checks import rows_per_update
 from crd.bench.schedule import Planned
 from crd.bench.suite import Cell
-from crd.errors import CRDError
 from crd.report.read_run import Run, read_run
 from crd.tracker import METRICS_FILE
 
-RESULTS_FILE, CELLS_FILE = "results.jsonl", "cells.jsonl"
 WAITING = 0.1  # of the time of a run whose seconds are its own
 TRAINING = "train_"  # and a metric of training, its mean over the updates since the evaluation before
 _COUNTERS = frozenset({"images", "seconds", "optimizer_steps"})
@@ -53,12 +48,11 @@ class Outcome:
     def undisturbed(self) -> bool:
         """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known.
 
-        Of a run whose attempts were lost nothing is.
+        Of a run of which an attempt was lost nothing is: its attempts took less time than its training.
         """
-        if not self.attempts:
-            return False
+        seconds = sum(one.seconds for one in self.attempts)
         waited = sum(one.waited_seconds or 0.0 for one in self.attempts)
-        return waited <= WAITING * sum(one.seconds for one in self.attempts)
+        return self.curve.seconds[-1] <= seconds and waited <= WAITING * seconds
 
     @property
     def peak_bytes(self) -> float:
@@ -117,71 +111,6 @@ def run_curve(run: Run, rows: int) -> Curve:
     )
 
 
-def write_results(out: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write results.jsonl (a line for each run and evaluation) and cells.jsonl (a line for each run).
-
-    Raises:
-        CRDError: they cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CRDError(f"cannot make {out}: {error}; choose another --output_dir") from error
-    points = [line for outcome in outcomes for line in _points(outcome)]
-    for name, lines in ((RESULTS_FILE, points), (CELLS_FILE, [_totals(outcome) for outcome in outcomes])):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        try:
-            replace_file(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-        except OSError as error:
-            raise CRDError(f"cannot write {out / name}: {error}; free space") from error
-
-
-def _points(outcome: Outcome) -> list[dict[str, Any]]:
-    curve = outcome.curve
-    return [
-        {
-            **_named(outcome.cell),
-            "update": int(curve.update[row]),
-            "images": _plain(curve.images[row]),
-            "transformer_evaluations": _plain(curve.transformer_evaluations[row]),
-            "seconds": _plain(curve.seconds[row]),
-            **{name: _plain(values[row]) for name, values in curve.values.items()},
-        }
-        for row in range(len(curve.update))
-    ]
-
-
-def _totals(outcome: Outcome) -> dict[str, Any]:
-    curve, attempts = outcome.curve, outcome.attempts
-    return {
-        **_named(outcome.cell),
-        "state": outcome.state,
-        "updates": int(curve.update[-1]),
-        "images": _plain(curve.images[-1]),
-        "transformer_evaluations": _plain(curve.transformer_evaluations[-1]),
-        "training_seconds": _plain(curve.seconds[-1]),
-        "wall_seconds": sum(one.seconds for one in attempts),
-        "cpu_seconds": sum(one.cpu_seconds for one in attempts),
-        "peak_memory_bytes": _plain(outcome.peak_bytes),
-        "anchor_guidance": outcome.anchor_guidance,
-        "guided_base": {name: _plain(value) for name, value in outcome.guided.items()},
-        "settings": {name: value for name, value in outcome.settings.items() if name != "output_dir"},
-        "environment": dict(outcome.environment),
-        "attempts": [one.__dict__ for one in attempts],
-    }
-
-
-def _named(cell: Cell) -> dict[str, Any]:
-    return {"task": cell.task, "arm": cell.arm, "seed": cell.seed}
-
-
 def _mean(values: Sequence[float]) -> float:
     there = [value for value in values if not math.isnan(value)]
     return sum(there) / len(there) if there else math.nan
-
-
-def _plain(value: float) -> float | None:
-    """For JSON: whole numbers without a point, null for NaN."""
-    if math.isnan(value):
-        return None
-    return int(value) if float(value).is_integer() else float(value)

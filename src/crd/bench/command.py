@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crd.bench.cells import FAILED, Attempt, CellFolder
+from crd.bench.cells import FAILED, FINISHED, Attempt, CellFolder
 from crd.bench.checks import check_measured, check_runs
-from crd.bench.collect import Outcome, collect, write_results
+from crd.bench.collect import Outcome, collect
 from crd.bench.figures import draw_figures
 from crd.bench.pictures import draw_samples
-from crd.bench.records import read_records
+from crd.bench.records import CELLS_FILE, read_records, recorded_cells, write_results
 from crd.bench.runner import Job, Runner, alone
 from crd.bench.schedule import Planned, failures, outlook, plan_cells, schedule_table, to_do
 from crd.bench.suite import EXECUTION, Cell, Suite
@@ -34,7 +34,9 @@ def bench(args: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in args.records]
     if args.summary:
         _check_nothing_is_chosen(args)
-        if not summarise(suite, out, read_records(suite, folders)):
+        recorded = read_records(suite, folders)
+        _check_kept(suite, out, recorded)
+        if not summarise(suite, out, recorded):
             raise CRDError(
                 f"no run of suite {suite.name} in {out} has been evaluated yet; leave --summary out to run it"
             )
@@ -46,6 +48,8 @@ def bench(args: argparse.Namespace) -> None:
     def plan() -> list[Planned]:
         return plan_cells(suite, cells, out, _execution(args), recorded)
 
+    _begun(suite, out, recorded)  # refused at the end, they would keep what has been run until then from being told
+    _check_kept(suite, out, recorded)
     planned = plan()
     if suite.about:
         _say(suite.about)
@@ -56,7 +60,8 @@ def bench(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     with alone(out) as lock:
-        run_planned(planned, plan, args, lock, lambda: _keep(suite, out, recorded))
+        # Planned again: what an earlier harness left behind may have finished meanwhile.
+        run_planned(plan(), plan, args, lock, lambda: _keep(suite, out, recorded))
         summarise(suite, out, recorded)
     failed = [str(one.cell) for one in plan() if one.state == FAILED]
     if failed:
@@ -76,18 +81,28 @@ def run_planned(
     def started(job: Job) -> None:
         _say(f"start {job.folder.cell}")
 
+    def drop(folder: CellFolder) -> None:
+        if not args.keep_weights:
+            try:
+                folder.drop_checkpoints()
+            except CRDError as error:  # the runs that are left need not wait for it
+                _say(str(error), style="yellow")
+
     def ended(job: Job, attempt: Attempt) -> None:
         cell, took = job.folder.cell, duration(attempt.seconds)
-        if attempt.status:
+        if job.folder.state() != FINISHED:
             _say(f"failed {cell} after {took}: {job.folder.last_words()}", style="yellow")
             return
-        if not args.keep_weights:
-            job.folder.drop_checkpoints()
+        drop(job.folder)
         peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
         keep()
         left = outlook(plan_again(), args.jobs)
         _say(f"done {cell}: {took}, {peak}; {left}")
 
+    for one in planned:
+        attempts = one.job.folder.attempts()
+        if one.state == FINISHED and attempts and attempts[-1].stopped:  # in the moment in which it finished
+            drop(one.job.folder)
     Runner(args.jobs, lock, started, ended).run(to_do(planned, args.retry))
 
 
@@ -122,13 +137,34 @@ def _gather(
     Raises:
         CRDError: a run folder is damaged, or arms do not compare.
     """
-    # Of arms that were never begun, not even the settings need to hold.
-    begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
-    planned = plan_cells(suite, begun, out, {}, recorded)
-    check_measured(suite, [*begun, *recorded])
+    planned = _begun(suite, out, recorded)
     here = collect(planned)
     told = {**{one.cell: one for one in here}, **recorded, **{one.cell: one for one in here if one.finished}}
     return planned, here, [told[cell] for cell in suite.cells() if cell in told]
+
+
+def _begun(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> list[Planned]:
+    """Runs that were begun in `out`; of arms that never were, not even the settings need to hold.
+
+    Raises:
+        CRDError: one has other settings than the suite, or arms do not compare.
+    """
+    begun = [cell for cell in suite.cells() if CellFolder(out, cell).path.is_dir()]
+    planned = plan_cells(suite, begun, out, {}, recorded)
+    check_measured(suite, [*begun, *recorded])
+    return planned
+
+
+def _check_kept(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> None:
+    """Refuse to write over the numbers of finished runs that are nowhere else.
+
+    Raises:
+        CRDError: names one.
+    """
+    for cell in recorded_cells(out):
+        if cell not in recorded and CellFolder(out, cell).state() != FINISHED:
+            raise CRDError(f"{out / CELLS_FILE} holds {cell}, which is finished and has no folder there; add "
+                           f"--records {out}, choose another --output_dir, or remove that file")  # fmt: skip
 
 
 def _keep(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> None:

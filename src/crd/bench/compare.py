@@ -43,8 +43,9 @@ class Comparison:
     reference: str
     scores: tuple[str, ...]  # held-out
     arms: Mapping[str, Mapping[int, Mapping[str, float]]]  # arm -> seed -> measure -> value
-    other_anchor: tuple[str, ...]  # arms whose `kl_to_anchor` is the distance to another model than the reference's
+    other_anchor: tuple[str, ...]  # arms whose distance to the anchor is that to another model than the reference's
     untimed: tuple[str, ...]  # runs whose seconds compare with nothing
+    executed_otherwise: tuple[str, ...]  # runs whose memory compares with nothing
 
     def values(self, arm: str, measure: str) -> list[float]:
         """A measure of every seed of an arm; NaN where it does not apply."""
@@ -89,30 +90,41 @@ class Comparison:
 def compare_arms(outcomes: Sequence[Outcome], arms: Sequence[str], reference: str) -> Comparison | None:
     """The comparison of the finished runs of some arms of one task; None if there is none.
 
-    Seconds are compared between runs that others did not disturb, under the conditions that most of them had.
+    Seconds are compared between runs that others did not disturb, under the conditions that most of them had; memory
+    between runs under the conditions that most had, disturbed or not.
     """
     done = [one for one in outcomes if one.finished and one.cell.arm in arms]
     if not done:
         return None
     images = min(float(one.curve.images[-1]) for one in done)
-    undisturbed = [one for one in done if one.undisturbed]
-    usual = Counter(one.conditions for one in undisturbed).most_common(1)
-    timed = [one for one in undisturbed if one.conditions == usual[0][0]]
+    timed = _alike([one for one in done if one.undisturbed])
+    alike = _alike([one for one in done if one.attempts])
     seconds = min((float(one.curve.seconds[-1]) for one in timed), default=math.nan)
     references = {one.cell.seed: one for one in done if one.cell.arm == reference}
     scores = held_out_scores(done)
-    anchors = {one.anchor_guidance for one in references.values()}
-    others = tuple(dict.fromkeys(one.cell.arm for one in done if anchors and one.anchor_guidance not in anchors))
+    anchors = {one.anchor_guidance for one in references.values() or done}
+    if not references and len(anchors) > 1:
+        anchors = set()  # nothing says which of them is the one to compare with
+    others = tuple(dict.fromkeys(one.cell.arm for one in done if one.anchor_guidance not in anchors))
     found: dict[str, dict[int, dict[str, float]]] = {}
     for one in done:
         measured = _measures(one, references.get(one.cell.seed), images, seconds, scores)
         if one.cell.arm in others:
-            measured.pop(KL_TO_ANCHOR, None)
+            for name in (KL_TO_ANCHOR, f"{TRAINING}kl"):
+                measured.pop(name, None)
         if one not in timed:
             measured |= {REWARD_BY_SECONDS: math.nan, SECONDS: math.nan}
+        if one not in alike:
+            measured |= {name: math.nan for name in (PEAK, TRAINING_PEAK) if name in measured}
         found.setdefault(one.cell.arm, {})[one.cell.seed] = measured
-    untimed = tuple(str(one.cell) for one in done if one not in timed)
-    return Comparison(images, seconds, reference, scores, found, others, untimed)
+    untimed, executed_otherwise = (tuple(str(one.cell) for one in done if one not in kept) for kept in (timed, alike))
+    return Comparison(images, seconds, reference, scores, found, others, untimed, executed_otherwise)
+
+
+def _alike(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The runs under the conditions that most of them had."""
+    usual = Counter(one.conditions for one in outcomes).most_common(1)
+    return [one for one in outcomes if one.conditions == usual[0][0]]
 
 
 def held_out_scores(outcomes: Sequence[Outcome]) -> tuple[str, ...]:

@@ -1,25 +1,87 @@
-"""Runs that were finished elsewhere, from the results.jsonl and cells.jsonl that were kept of them."""
+"""results.jsonl and cells.jsonl: what came of runs, written, and read back where their folders are not there."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from crd.atomic import replace_file
 from crd.bench.analysis import Curve
 from crd.bench.cells import FAILED, FINISHED, NEW, STARTED, check_settings, parse_attempt
-from crd.bench.collect import CELLS_FILE, RESULTS_FILE, Outcome
+from crd.bench.collect import Outcome
 from crd.bench.suite import Cell, Suite
 from crd.config import CRDConfig
 from crd.config_io import config_from
 from crd.errors import CRDError, told_of
 from crd.json_files import JsonObject, read_object_lines
 
+RESULTS_FILE, CELLS_FILE = "results.jsonl", "cells.jsonl"
 _NAMES = ("task", "arm", "seed")
 _AXES = ("update", "images", "transformer_evaluations", "seconds")
+
+
+def write_results(out: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write results.jsonl (a line for each run and evaluation) and cells.jsonl (a line for each run).
+
+    Raises:
+        CRDError: they cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CRDError(f"cannot make {out}: {error}; choose another --output_dir") from error
+    points = [line for outcome in outcomes for line in _points(outcome)]
+    for name, lines in ((RESULTS_FILE, points), (CELLS_FILE, [_totals(outcome) for outcome in outcomes])):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        try:
+            replace_file(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        except OSError as error:
+            raise CRDError(f"cannot write {out / name}: {error}; free space") from error
+
+
+def _points(outcome: Outcome) -> list[dict[str, Any]]:
+    curve = outcome.curve
+    return [
+        {
+            **_named(outcome.cell),
+            "update": int(curve.update[row]),
+            "images": _plain(curve.images[row]),
+            "transformer_evaluations": _plain(curve.transformer_evaluations[row]),
+            "seconds": _plain(curve.seconds[row]),
+            **{name: _plain(values[row]) for name, values in curve.values.items()},
+        }
+        for row in range(len(curve.update))
+    ]
+
+
+def _totals(outcome: Outcome) -> dict[str, Any]:
+    curve, attempts = outcome.curve, outcome.attempts
+    return {
+        **_named(outcome.cell),
+        "state": outcome.state,
+        "updates": int(curve.update[-1]),
+        "images": _plain(curve.images[-1]),
+        "transformer_evaluations": _plain(curve.transformer_evaluations[-1]),
+        "training_seconds": _plain(curve.seconds[-1]),
+        "wall_seconds": sum(one.seconds for one in attempts),
+        "cpu_seconds": sum(one.cpu_seconds for one in attempts),
+        "peak_memory_bytes": _plain(outcome.peak_bytes),
+        "anchor_guidance": outcome.anchor_guidance,
+        "guided_base": {name: _plain(value) for name, value in outcome.guided.items()},
+        "settings": {name: value for name, value in outcome.settings.items() if name != "output_dir"},
+        "environment": dict(outcome.environment),
+        "attempts": [one.__dict__ for one in attempts],
+    }
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    return {"task": cell.task, "arm": cell.arm, "seed": cell.seed}
 
 
 def read_records(suite: Suite, folders: Sequence[Path]) -> dict[Cell, Outcome]:
@@ -49,6 +111,17 @@ def read_records(suite: Suite, folders: Sequence[Path]) -> dict[Cell, Outcome]:
             found[cell] = _outcome(cell, config, line, points.get(cell, []), folder / RESULTS_FILE)
             places[cell] = line.where
     return found
+
+
+def recorded_cells(out: Path) -> list[Cell]:
+    """The finished runs of a cells.jsonl; [] if there is none.
+
+    Raises:
+        CRDError: it is damaged.
+    """
+    path = out / CELLS_FILE
+    lines = read_object_lines(path)[0] if path.is_file() else []
+    return [_cell(line) for line in lines if line.text("state") == FINISHED]
 
 
 def _lines(folder: Path, name: str) -> list[JsonObject]:
@@ -81,9 +154,12 @@ def _config(suite: Suite, cell: Cell, line: JsonObject) -> CRDConfig:
 def _outcome(cell: Cell, config: CRDConfig, line: JsonObject, points: Sequence[JsonObject], results: Path) -> Outcome:
     axes = {name: np.array([point.number(name) for point in points]) for name in _AXES}
     # Of files that were put together by hand, a curve may be lost in part, or told twice.
-    updates, last = [point.integer("update") for point in points], line.integer("updates")
-    if not updates or updates[0] != 0 or updates != sorted(set(updates)) or updates[-1] != last:
-        raise CRDError(f"{results} must hold {cell} from update 0 to {last} in order, got {updates}; restore the file")
+    updates, due = (
+        [point.integer("update") for point in points],
+        [update for update in range(config.updates + 1) if config.evaluation_is_due(update)],
+    )
+    if updates != due:
+        raise CRDError(f"{results} must hold {cell} after updates {due}, got {updates}; restore the file")
     rows = [{"reward": point.real("reward"), **point.all_numbers((*_NAMES, *_AXES))} for point in points]
     names = dict.fromkeys(name for row in rows for name in row)
     return Outcome(
@@ -96,3 +172,10 @@ def _outcome(cell: Cell, config: CRDConfig, line: JsonObject, points: Sequence[J
         line.inner("environment").content,
         tuple(parse_attempt(attempt) for attempt in line.objects("attempts")),
     )
+
+
+def _plain(value: float) -> float | None:
+    """For JSON: whole numbers without a point, null for NaN."""
+    if math.isnan(value):
+        return None
+    return int(value) if float(value).is_integer() else float(value)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -103,11 +103,16 @@ class Runner:
     def _start(self, job: Job) -> None:
         command, code = job.folder.command(job.config), commit()
         threads = str(job.config.threads)
-        with job.folder.log.open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[self._lock],
-                env={**os.environ, "OMP_NUM_THREADS": threads},
-            )  # fmt: skip
+        try:
+            with job.folder.log.open("ab") as log:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[self._lock],
+                    env={**os.environ, "OMP_NUM_THREADS": threads},
+                )  # fmt: skip
+        except OSError as error:
+            raise CRDError(
+                f"cannot start {job.folder.cell}: {error}; free space or memory, and run the suite again"
+            ) from error
         self._running.append(_Child(job, process, datetime.now(timezone.utc), time.perf_counter(), code))
         self._started(job)
 
@@ -116,12 +121,17 @@ class Runner:
         for child in list(self._running):
             waited = waited_seconds(child.process.pid)  # before it is reaped, and then nobody knows
             # Not Popen.poll: only wait4 tells what this process, and no other, has used.
-            pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
+            try:
+                pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
+            except ChildProcessError:  # reaped when an interrupt came: what it took is lost
+                self._running.remove(child)
+                continue
             if pid == 0:
                 continue
             child.process.returncode = os.waitstatus_to_exitcode(status)
             self._running.remove(child)
             config = child.job.config
+            assert config.threads is not None  # crd bench sets them
             attempt = Attempt(
                 began=child.began.isoformat(timespec="seconds"),
                 seconds=round(time.perf_counter() - child.clock, 3),
@@ -130,7 +140,7 @@ class Runner:
                 peak_bytes=usage.ru_maxrss * _MAXRSS_UNIT,
                 status=child.process.returncode,
                 stopped=stopped,
-                threads=config.threads or 0,
+                threads=config.threads,
                 jobs=self._jobs,
                 processor=processor(),
                 cores=os.cpu_count() or 1,
@@ -144,15 +154,18 @@ class Runner:
 
     def _stop(self) -> None:
         """End all processes; what they have saved stays."""
-        for child in self._running:
-            os.kill(child.process.pid, signal.SIGTERM)  # Popen.send_signal would reap it unseen
+        self._signal(signal.SIGTERM)
         deadline = time.perf_counter() + _PATIENCE
         while self._running:
             self._reap(stopped=True)
             if time.perf_counter() > deadline:
-                for child in self._running:
-                    os.kill(child.process.pid, signal.SIGKILL)
+                self._signal(signal.SIGKILL)
             time.sleep(_LOOK / 10)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for child in self._running:
+            with suppress(ProcessLookupError):  # likewise
+                os.kill(child.process.pid, number)  # Popen.send_signal would reap it unseen
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +64,15 @@ def plan_cells(
 
 
 def remaining_seconds(planned: Sequence[Planned], jobs: int) -> float | None:
-    """Wall clock that the unfinished runs will take at most, `jobs` at a time; None while nothing is known.
+    """Wall clock that the unfinished runs take, begun in their order, `jobs` at a time; None while nothing is known.
 
     A run takes as long as the finished ones of its task and arm did on average; else as long for each transformer
     evaluation as the finished ones of its task did, or of all tasks.
     """
-    finished = [one for one in planned if one.state == FINISHED]
+    finished = [one for one in planned if one.state == FINISHED and one.seconds > 0]
     if not finished:
         return None
-    total = 0.0
+    free = [0.0] * jobs  # when each place is
     for one in planned:
         if one.state not in _DONE:
             like = [
@@ -80,8 +81,9 @@ def remaining_seconds(planned: Sequence[Planned], jobs: int) -> float | None:
                 finished,
             ]
             known = next(group for group in like if group)
-            total += one.rows * sum(other.seconds for other in known) / sum(other.rows for other in known)
-    return total / jobs
+            took = one.rows * sum(other.seconds for other in known) / sum(other.rows for other in known)
+            heapq.heapreplace(free, free[0] + took)
+    return max(free)
 
 
 def schedule_table(suite: Suite, planned: Sequence[Planned]) -> Table:

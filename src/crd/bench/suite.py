@@ -18,9 +18,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # How runs are executed: options of the harness, which change what a run costs and, but for rounding, nothing else.
 EXECUTION = ("threads", "compile")
 _RESERVED = frozenset({"seed", "output_dir", *EXECUTION})  # the harness sets these, run by run
-# What decides how images are measured: rewards of arms that differ here do not compare.
-_MEASURED = ("model", "rewards", "reward_weights", "eval_prompts", "eval_images", "eval_steps", "solver", "held_out",
-             "height", "width")  # fmt: skip
+# What decides how images are measured, and when (of noisy curves the denser one gets anywhere earlier): rewards of arms
+# that differ here do not compare.
+_MEASURED = ("model", "rewards", "reward_weights", "eval_prompts", "eval_images", "eval_steps", "eval_every", "solver",
+             "held_out", "height", "width", "mixed_precision", "base_dtype")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ class Suite:
                     self._set_on(task, arm)
         for name, arms in {**self.groups, **{key: one.arms for key, one in self.sweeps.items()}}.items():
             self._check_arms(arms, name)
+        written = [
+            f"{task}-{name}"
+            for task in self.tasks
+            for name in (*(f"{one or 'arms'}{kind}" for one in self.tables() for kind in ("", "-samples")),
+                         *(f"sweep-{one}" for one in self.sweeps))
+        ]  # fmt: skip
+        for name in written:
+            if written.count(name) > 1:
+                raise CRDError(f"two figures would be called {name}; rename a task, a group or a sweep")
         for title, arms in self.tables().items():
             if len(arms) > MOST_LINES:
                 raise CRDError(f"{title or 'a suite'} has {len(arms)} arms with the reference, and a figure tells "

@@ -105,11 +105,14 @@ def _left_out(comparison: Comparison) -> list[str]:
     """What the table does not tell of some arms and runs, and why."""
     told = []
     if comparison.other_anchor:
-        told.append(f"Without a distance to the anchor, because theirs is another one than the reference's: "
+        told.append(f"Without a distance to the anchor, because theirs is not that of the reference: "
                     f"{', '.join(comparison.other_anchor)}.")  # fmt: skip
     if comparison.untimed:
         told.append(f"Without seconds, because others kept them from the processor for more than {WAITING:.0%} of the "
                     f"time, or because they were executed otherwise: {', '.join(comparison.untimed)}.")  # fmt: skip
+    if comparison.executed_otherwise:
+        told.append(f"Without memory, because they were executed otherwise than most: "
+                    f"{', '.join(comparison.executed_otherwise)}.")  # fmt: skip
     return told
 
 
