@@ -300,6 +300,23 @@ def test_panels_show_what_they_say(outcomes: list[Outcome], tmp_path: Path, monk
     assert hacks == [4] * 6 + [0]  # its distance is to another anchor
 
 
+def test_lines_of_a_sweep_are_in_the_order_of_their_numbers(
+    outcomes: list[Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("crd.bench.figures._save", lambda figure, path: drawn.append(figure) or path)
+    rank = {"crd": 2, "slow": 10, "hacks": 2}
+    runs = [replace(one, settings={**one.settings, "lora_rank": rank[one.cell.arm]}) for one in outcomes]
+    draw_figures(tmp_path, replace(SUITE, sweeps={"beta": Sweep("beta", ARMS, "lora_rank")}), runs)
+    reward = drawn[1].axes[0]
+    assert reward.get_legend_handles_labels()[1] == ["lora_rank: 2", "lora_rank: 10"]
+    assert [tick.get_text() for tick in reward.get_xticklabels()] == ["1", "4"]
+    assert reward.get_xscale() == "log"
+    assert [list(bar.lines[0].get_ydata()) for bar in reward.containers] == [
+        pytest.approx([0.81, 0.81]), pytest.approx([0.51])
+    ]  # fmt: skip
+
+
 def test_a_group_of_which_only_the_reference_has_run_is_not_told(outcomes: list[Outcome], tmp_path: Path) -> None:
     runs = [one for one in outcomes if one.cell.arm != "hacks"]
     suite = replace(SUITE, groups={"pace": ("crd", "slow"), "hacking": ("crd", "hacks")}, sweeps={})

@@ -125,16 +125,16 @@ def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], c
     """Reward, scores and distances at the end against a setting, with intervals over seeds."""
     measures = ["reward", *told_scores(comparison)]
     figure, panels = _panels(len(measures))
-    lines: dict[str, list[tuple[float, str]]] = {}
+    lines: dict[str, list[tuple[float, str]]] = {}  # by the value of `by`
     for arm in sweep.arms:
         of_arm = [one for one in done if one.cell.arm == arm]
         if of_arm:
-            by = "" if sweep.by is None else f"{sweep.by}: {of_arm[0].settings[sweep.by]}"
+            by = "" if sweep.by is None else str(of_arm[0].settings[sweep.by])
             lines.setdefault(by, []).append((float(of_arm[0].settings[sweep.field]), arm))
     values = sorted({value for one in lines.values() for value, _ in one})
     logarithmic = values[0] > 0
-    for place, (label, points) in enumerate(sorted(lines.items())):
-        points.sort()
+    for place, by in enumerate(sorted(lines, key=_numbers_first)):
+        label, points = f"{sweep.by}: {by}" if by else None, sorted(lines[by])
         # A little beside each other, so that intervals do not hide each other.
         across = [value * 1.05**place if logarithmic else value for value, _ in points]
         for panel, measure in zip(panels, measures, strict=True):
@@ -142,7 +142,7 @@ def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], c
             ends = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
             look = place % MOST_LINES
             panel.errorbar(across, [one.mean for one in found], yerr=np.nan_to_num(ends), color=COLORS[look],
-                           marker=_MARKERS[look], linewidth=2, capsize=3, label=label or None)  # fmt: skip
+                           marker=_MARKERS[look], linewidth=2, capsize=3, label=label)  # fmt: skip
             panel.set_title(title(measure), fontsize=10)
             panel.set_xlabel(sweep.field)
             if logarithmic:
@@ -151,6 +151,14 @@ def _sweep_figure(task: str, name: str, sweep: Sweep, done: Sequence[Outcome], c
             panel.set_xticks(values, [f"{value:g}" for value in values])
     _finish(figure, panels[0], f"{task}, {name}")
     return figure
+
+
+def _numbers_first(text: str) -> tuple[float, str]:
+    """For sorting: numbers by their value, then words."""
+    try:
+        return float(text), text
+    except ValueError:
+        return math.inf, text
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
