@@ -7,11 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny_detectors import save_detectors
 from tiny_pipelines import tiny_pipeline
 
 from crd.config import CRDConfig
 from crd.trainer import CRDTrainer
+
+# No limit on the time of one example: other processes may be at work beside the tests.
+settings.register_profile("crd", deadline=None)
+settings.load_profile("crd")
 
 PROMPTS = ('a "cat"', 'a "dog"', 'the "bird"')
 TOKENS = 8  # of the T5

@@ -32,7 +32,7 @@ def test_clip_bounds_the_scaled_advantage() -> None:
     assert wide.advantage[7].item() == pytest.approx(0.5 + 10 / 40, abs=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(-2, 2)), min_size=2, max_size=20), st.floats(-5, 5))
 def test_a_global_constant_and_the_order_change_nothing(data: list[tuple[float, int]], constant: float) -> None:
     # Quarters, so that adding a constant cannot merge two different rewards.

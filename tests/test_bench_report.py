@@ -141,7 +141,9 @@ def test_distances_to_different_anchors_do_not_stand_side_by_side_without_the_re
 
 def test_memory_of_runs_that_were_executed_otherwise_is_left_out(outcomes: list[Outcome], tmp_path: Path) -> None:
     """Compiled, `crd` of seed 0 takes another amount; that `slow` of seed 0 waited is no matter."""
-    outcomes[0] = timed(outcomes[0], compile="regional", peak_bytes=10**9)
+    outcomes[0] = replace(
+        timed(outcomes[0], peak_bytes=10**9), settings={**outcomes[0].settings, "compile": "regional"}
+    )
     outcomes[1] = timed(outcomes[1], waited_seconds=30.0)
     found = compare_arms(outcomes, ARMS, "crd")
     assert found is not None
@@ -150,6 +152,17 @@ def test_memory_of_runs_that_were_executed_otherwise_is_left_out(outcomes: list[
     assert (ratio.mean, ratio.seeds) == (pytest.approx(2.0), 2)
     text = write_report(tmp_path, SUITE, outcomes, {}, {}).read_text()
     assert text.split("Without memory, ")[1].splitlines()[0].endswith("than most: task/crd/seed-0.")
+
+
+def test_memory_of_a_gpu_is_known_where_attempts_were_lost(outcomes: list[Outcome]) -> None:
+    for one in outcomes:
+        one.curve.values["train_gpu_peak_bytes"] = np.array([math.nan, 1e9, 1e9])  # type: ignore[index]
+    lost = [replace(one, attempts=()) if one.cell.arm == "slow" else one for one in outcomes]
+    found = compare_arms(lost, ARMS, "crd")
+    assert found is not None
+    assert found.executed_otherwise == ()
+    assert found.ratio("slow", "train_gpu_peak_bytes").seeds == 3
+    assert found.ratio("slow", "peak_memory_bytes").seeds == 0
 
 
 def test_seconds_of_a_run_of_which_an_attempt_was_lost_are_not_its_own(outcomes: list[Outcome]) -> None:

@@ -215,13 +215,16 @@ def test_runs_that_cannot_be_made_or_compared_are_refused(arm: dict[str, Any], m
 
 def test_guidance_that_is_an_input_of_the_network_is_that_of_evaluations_too(tmp_path: Path) -> None:
     tiny_family("FLUX.1-dev").save_pretrained(tmp_path)
-    side, told = FAMILIES["FLUX.1-dev"].side, "arm loose: it is evaluated at guidance 2 and crd at 3.5; set rollout_"
+    side, told = (
+        FAMILIES["FLUX.1-dev"].side,
+        "arms crd and loose cannot be compared: they are evaluated at guidance 3.5 and 2",
+    )
     model = {"model": str(tmp_path), "height": side, "width": side, "finetune": "lora", "rollout_guidance": 3.5}
     tasks = {"ocr": {"recipe": "ocr-demo", "settings": model}}
     suite = parse_suite(written(tasks=tasks, arms={"crd": {}, "loose": {"rollout_guidance": 2.0}}))
-    check_runs(suite, suite.cells(arms=["crd"]))
-    with pytest.raises(CRDError, match=re.escape(told)):
-        check_runs(suite, suite.cells())
+    for arms in (["crd"], ["loose"]):  # whichever comes first: the other may be there already
+        with pytest.raises(CRDError, match=re.escape(told)):
+            check_runs(suite, suite.cells(arms=arms))
 
 
 def test_an_arm_that_is_not_asked_for_now_is_measured_like_the_others_too() -> None:
@@ -308,6 +311,17 @@ def test_an_attempt_is_read_as_it_was_written(unknown: dict[str, None], tmp_path
 
 
 ATTEMPT = Attempt("2026-01-01T00:00:00+00:00", 60.0, 50.0, 2 * 10**9, 0, False, 1, 2, "a processor", 2, "abc+")
+
+
+def test_a_run_that_was_killed_before_it_had_a_configuration_begins_anew(tmp_path: Path) -> None:
+    suite = parse_suite(written())
+    folder = CellFolder(tmp_path, suite.cells()[0])
+    folder.drop_checkpoints()  # there are none
+    folder.run.mkdir(parents=True)
+    (folder.run / ".tmp-config.yaml").write_text("upd")
+    command = folder.command(suite.config(folder.cell, folder.run, {}))
+    assert command[-1] == str(folder.path / "settings.yaml")
+    assert list(folder.run.iterdir()) == []  # crd train takes no other
 
 
 def test_an_attempt_behind_a_line_that_was_cut_off_is_kept(tmp_path: Path) -> None:

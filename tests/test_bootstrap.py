@@ -139,7 +139,7 @@ def test_images_of_one_prompt_are_no_new_evidence() -> None:
     assert taken_apart.high - taken_apart.low < 0.6 * (whole.high - whole.low)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @example([(0.0, 0), (3.7e-245, 1)])
 @given(st.lists(st.tuples(st.floats(-10, 10), st.integers(-3, 3)), min_size=1, max_size=30))
 def test_order_and_names_change_nothing(data: list[tuple[float, int]]) -> None:

@@ -29,7 +29,7 @@ def test_hand_worked() -> None:
     assert group_std(values, group_id).tolist() == pytest.approx([(8 / 3) ** 0.5, 5, (8 / 3) ** 0.5, 5, (8 / 3) ** 0.5])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(grouped(), st.randoms(use_true_random=False))
 def test_permuting_rows_permutes_the_result(data: tuple[torch.Tensor, torch.Tensor], random: object) -> None:
     values, group_id = data
@@ -40,7 +40,7 @@ def test_permuting_rows_permutes_the_result(data: tuple[torch.Tensor, torch.Tens
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(grouped(), st.floats(-100, 100))
 def test_a_constant_added_to_one_group_changes_nothing(
     data: tuple[torch.Tensor, torch.Tensor], constant: float
@@ -56,7 +56,7 @@ def test_a_constant_added_to_one_group_changes_nothing(
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(grouped(), st.floats(0.05, 50))
 def test_tempered_weights_sum_to_one_and_center_to_zero(data: tuple[torch.Tensor, torch.Tensor], tau: float) -> None:
     values, group_id = data

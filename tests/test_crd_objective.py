@@ -93,7 +93,7 @@ def test_micro_batches_ranks_and_order_change_neither_loss_nor_gradient(config: 
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(VARIANTS), st.integers(0, 2), st.floats(-3, 3), st.floats(-3, 3))
 def test_constants_of_one_prompt_change_nothing(
     config: CRDObjectiveConfig, which: int, of_advantage: float, of_implicit: float

@@ -193,7 +193,7 @@ def test_not_utf8(tmp_path: Path) -> None:
         load_prompts(path)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.integers(1, 7), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 3))
 def test_order_does_not_depend_on_how_the_stream_is_cut(size: int, cuts: list[int], seed: int) -> None:
     taken: list[int] = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crd.errors import CRDError
@@ -351,7 +351,6 @@ def test_relations_shorter_than_a_thousandth_of_a_pixel_are_none() -> None:
         relations(origin, origin[0])
 
 
-@settings(deadline=None)
 @given(scenes | ties, prompts() | st.just(RED_DOG), st.booleans(), st.randoms(use_true_random=False))
 def test_the_order_of_objects_changes_nothing(
     objects: list[Object], metadata: Metadata, compat: bool, random: object
@@ -362,7 +361,6 @@ def test_the_order_of_objects_changes_nothing(
     assert score_image(scene(shuffled), metadata, paper_compat=compat) == expected
 
 
-@settings(deadline=None)
 @given(
     scenes, prompts(), st.integers(-64, 64), st.integers(-64, 64), st.sampled_from([0.25, 0.5, 1.0, 2.0, 1024.0])
 )  # fmt: skip
@@ -374,14 +372,12 @@ def test_place_and_scale_of_the_scene_change_nothing(
     assert score_image(moved, metadata) == score_image(found, metadata)
 
 
-@settings(deadline=None)
 @given(scenes, prompts(), st.lists(boxes, max_size=20))
 def test_classes_not_asked_for_change_nothing(objects: list[Object], metadata: Metadata, kites: list[Box]) -> None:
     more: list[Object] = [*[("kite", box, 0.99, None) for box in kites], *objects]
     assert score_image(scene(more), metadata) == score_image(scene(objects), metadata)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(scenes, prompts()), max_size=4), st.booleans())
 def test_a_batch_equals_one_by_one(batch: list[tuple[list[Object], Metadata]], compat: bool) -> None:
     found, metadata = [scene(objects) for objects, _ in batch], [m for _, m in batch]
@@ -399,7 +395,6 @@ def test_a_batch_of_unequal_lengths_is_told() -> None:
         score_batch([scene([])], [ONE_DOG, ONE_DOG])
 
 
-@settings(deadline=None)
 @given(scenes, prompts(), st.booleans())
 def test_how_the_three_scores_are_ordered(objects: list[Object], metadata: Metadata, compat: bool) -> None:
     score = score_image(scene(objects), metadata, paper_compat=compat)
@@ -415,7 +410,6 @@ def test_how_the_three_scores_are_ordered(objects: list[Object], metadata: Metad
         assert score.strict
 
 
-@settings(deadline=None)
 @given(st.lists(things, max_size=8, unique_by=lambda thing: thing[:3]), prompts())
 def test_the_colors_to_look_at_are_all_and_only_those_read(objects: list[Object], metadata: Metadata) -> None:
     found = scene(objects)

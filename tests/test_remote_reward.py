@@ -338,15 +338,13 @@ def test_a_server_that_hangs_leaves_its_batches_to_another(
     """However slow the other is, and though the first one goes on to announce itself."""
 
     def slow(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        time.sleep(0.3)
+        time.sleep(0.5)
         return color_code(images, prompts)
 
     slow.__name__ = "color_code"
-    scripted.replies = [Reply(after_s=0.5)]
+    scripted.replies = [Reply(after_s=3)]
     with serving([slow]) as url:
-        assert (
-            remote(scripted.url, url, timeout_s=0.4, batch=10, max_retries=1, concurrency=1)(IMAGES, PROMPTS) == CODES
-        )
+        assert remote(scripted.url, url, timeout_s=2, batch=10, max_retries=1, concurrency=1)(IMAGES, PROMPTS) == CODES
     assert scripted.times
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crd.backbones.base import CFG, Backbone
 from crd.backbones.recording import Recording, join_rows, record
-from crd.backbones.solvers import Grid, read_grid, solver_scheduler
+from crd.backbones.solvers import Grid, check_known, read_grid, solver_scheduler
 from crd.errors import CRDError
 from crd.flow import EULER, SOLVERS
 
@@ -221,7 +221,8 @@ class PipelineBackbone(Backbone):
         return read_grid(recording.scheduler, solver, self.flow)
 
     def check_solver(self, solver: str) -> None:
-        if solver in SOLVERS and solver not in self.solvers:  # an unknown one is `solver_scheduler`'s to refuse
+        check_known(solver)
+        if solver not in self.solvers:
             name = type(self.pipeline).__name__
             raise CRDError(f"solver={solver}: the stock {name} lays out a grid that its scheduler does not take; use "
                            f"{' or '.join(self.solvers)}")  # fmt: skip

@@ -70,6 +70,12 @@ class Grid:
         return lambda index, x, v: scheduler.step(v, scheduler.timesteps[index], x, return_dict=False)[0]
 
 
+def check_known(solver: str) -> None:
+    """Raise CRDError for the name of no solver."""
+    if solver not in SOLVERS:
+        raise CRDError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+
+
 def solver_scheduler(own: Any, solver: str, flow: bool) -> Any:
     """The stock scheduler of a solver: `Class.from_config(own.config)`, as in `pipe.scheduler = ...`; `own` is kept.
 
@@ -81,8 +87,7 @@ def solver_scheduler(own: Any, solver: str, flow: bool) -> Any:
     Raises:
         CRDError: an unknown solver, or a scheduler of another kind or with options that change the step.
     """
-    if solver not in SOLVERS:
-        raise CRDError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+    check_known(solver)
     allowed = FLOW_SCHEDULERS if flow else DDPM_SCHEDULERS
     if not issubclass(type(own), allowed):
         names = ", ".join(kind.__name__ for kind in allowed)

@@ -104,7 +104,9 @@ class CellFolder:
                 begun.unlink()
             replace_file(self._settings, lambda path: path.write_text(config.to_yaml(), encoding="utf-8"))
         except OSError as error:
-            raise CRDError(f"cannot write {self._settings}: {error}; choose another --output_dir") from error
+            raise CRDError(
+                f"cannot write {error.filename or self._settings}: {error}; choose another --output_dir"
+            ) from error
         return [*train, str(self._settings)]
 
     def attempts(self) -> list[Attempt]:
@@ -121,9 +123,9 @@ class CellFolder:
         """Record an attempt.
 
         Raises:
-            CRDError: it cannot be written.
+            CRDError: it cannot be written, or the file is damaged.
         """
-        # As a whole: behind a line that a full disk cut off, another one would be lost with it.
+        # The whole file anew: a line appended to one that a full disk cut off would be lost with it.
         lines = [json.dumps(dataclasses.asdict(one)) + "\n" for one in (*self.attempts(), attempt)]
         try:
             replace_file(self._attempts, lambda path: path.write_text("".join(lines), encoding="utf-8"))

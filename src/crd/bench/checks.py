@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +26,6 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
         CRDError: names the task and the arm.
     """
     arms: dict[str, dict[str, CRDConfig]] = {}
-    scales: dict[str, tuple[str, float]] = {}
     for cell in cells:
         known = arms.setdefault(cell.task, {})
         if cell.arm in known:  # another seed asks for nothing else
@@ -35,16 +34,7 @@ def check_runs(suite: Suite, cells: Iterable[Cell]) -> None:
             known[cell.arm] = suite.config(cell, Path("unused"), {})
             load_judged(known[cell.arm])
             check_without_weights(_backbone(known[cell.arm]), known[cell.arm])
-            _check_scale(_backbone(known[cell.arm]).trained_scale(known[cell.arm].rollout_guidance), cell, scales)
     check_measured(suite, [cell for cell in suite.cells() if cell.task in arms])
-
-
-def _check_scale(scale: float, cell: Cell, scales: dict[str, tuple[str, float]]) -> None:
-    """Refuse arms of a task that a model with embedded guidance is evaluated at different scales of."""
-    first, was = scales.setdefault(cell.task, (cell.arm, scale))
-    if was != scale:
-        raise CRDError(f"it is evaluated at guidance {scale:g} and {first} at {was:g}; set rollout_guidance for the "
-                       "suite or the task")  # fmt: skip
 
 
 def check_measured(suite: Suite, cells: Iterable[Cell]) -> None:
@@ -61,6 +51,19 @@ def check_measured(suite: Suite, cells: Iterable[Cell]) -> None:
         if configs:
             with told_of(f"suite {suite.name}, task {task}"):
                 suite.check_measured(configs)
+                _check_guidance(configs)
+
+
+def _check_guidance(configs: Mapping[str, CRDConfig]) -> None:
+    """Refuse arms whose evaluations have different guidance, where that is an input of the network."""
+    scales: dict[float, str] = {}
+    for arm, config in configs.items():
+        with suppress(CRDError):  # a model that is not at hand is not to be run either
+            scales.setdefault(_backbone(config).trained_scale(config.rollout_guidance), arm)
+    if len(scales) > 1:
+        (was, first), (now, arm), *_ = scales.items()
+        raise CRDError(f"arms {first} and {arm} cannot be compared: they are evaluated at guidance {was:g} and "
+                       f"{now:g}; set rollout_guidance for the suite or the task")  # fmt: skip
 
 
 def rows_per_update(config: CRDConfig) -> int:

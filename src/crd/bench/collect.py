@@ -45,10 +45,15 @@ class Outcome:
         return self.environment.get("gpu"), frozenset(one.conditions for one in self.attempts)
 
     @property
+    def execution(self) -> tuple[str | None, str | None, str | None]:
+        """What memory depends on beside the run; known also where attempts were lost."""
+        return self.environment.get("gpu"), self.settings.get("compile"), self.settings.get("mixed_precision")
+
+    @property
     def undisturbed(self) -> bool:
         """Whether others kept it from a processor for no more than `WAITING` of its time, as far as is known.
 
-        Of a run of which an attempt was lost nothing is: its attempts took less time than its training.
+        Of a run of which an attempt was lost nothing is, where it shows: its attempts took less time than its training.
         """
         seconds = sum(one.seconds for one in self.attempts)
         waited = sum(one.waited_seconds or 0.0 for one in self.attempts)

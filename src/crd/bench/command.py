@@ -48,7 +48,9 @@ def bench(args: argparse.Namespace) -> None:
     def plan() -> list[Planned]:
         return plan_cells(suite, cells, out, _execution(args), recorded)
 
-    _begun(suite, out, recorded)  # refused at the end, they would keep what has been run until then from being told
+    _begun(
+        suite, out, recorded
+    )  # now, not only at the end: a refusal there would leave untold what has been run by then
     _check_kept(suite, out, recorded)
     planned = plan()
     if suite.about:
@@ -81,28 +83,21 @@ def run_planned(
     def started(job: Job) -> None:
         _say(f"start {job.folder.cell}")
 
-    def drop(folder: CellFolder) -> None:
-        if not args.keep_weights:
-            try:
-                folder.drop_checkpoints()
-            except CRDError as error:  # the runs that are left need not wait for it
-                _say(str(error), style="yellow")
-
     def ended(job: Job, attempt: Attempt) -> None:
         cell, took = job.folder.cell, duration(attempt.seconds)
         if job.folder.state() != FINISHED:
             _say(f"failed {cell} after {took}: {job.folder.last_words()}", style="yellow")
             return
-        drop(job.folder)
+        if not args.keep_weights:
+            try:
+                job.folder.drop_checkpoints()
+            except CRDError as error:  # the runs that are left need not wait for it
+                _say(str(error), style="yellow")
         peak = f"peak memory {attempt.peak_bytes / 1e9:.2f} GB"
         keep()
         left = outlook(plan_again(), args.jobs)
         _say(f"done {cell}: {took}, {peak}; {left}")
 
-    for one in planned:
-        attempts = one.job.folder.attempts()
-        if one.state == FINISHED and attempts and attempts[-1].stopped:  # in the moment in which it finished
-            drop(one.job.folder)
     Runner(args.jobs, lock, started, ended).run(to_do(planned, args.retry))
 
 
@@ -161,10 +156,14 @@ def _check_kept(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> No
     Raises:
         CRDError: names one.
     """
+    here = set(suite.cells())
     for cell in recorded_cells(out):
+        if cell not in here:
+            raise CRDError(f"{out / CELLS_FILE} holds {cell} as finished, which suite {suite.name} does not have; "
+                           "choose another --output_dir, or move that file away")  # fmt: skip
         if cell not in recorded and CellFolder(out, cell).state() != FINISHED:
-            raise CRDError(f"{out / CELLS_FILE} holds {cell}, which is finished and has no folder there; add "
-                           f"--records {out}, choose another --output_dir, or remove that file")  # fmt: skip
+            raise CRDError(f"{out / CELLS_FILE} holds {cell} as finished, and neither a folder nor --records does; add "
+                           f"--records {out} to keep its numbers, or take its line out of that file")  # fmt: skip
 
 
 def _keep(suite: Suite, out: Path, recorded: Mapping[Cell, Outcome]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,14 +91,14 @@ def compare_arms(outcomes: Sequence[Outcome], arms: Sequence[str], reference: st
     """The comparison of the finished runs of some arms of one task; None if there is none.
 
     Seconds are compared between runs that others did not disturb, under the conditions that most of them had; memory
-    between runs under the conditions that most had, disturbed or not.
+    between runs on the GPU, if there is one, compiled and in the precision that most had.
     """
     done = [one for one in outcomes if one.finished and one.cell.arm in arms]
     if not done:
         return None
     images = min(float(one.curve.images[-1]) for one in done)
-    timed = _alike([one for one in done if one.undisturbed])
-    alike = _alike([one for one in done if one.attempts])
+    timed = _usual([one for one in done if one.undisturbed], lambda one: one.conditions)
+    alike = _usual(done, lambda one: one.execution)
     seconds = min((float(one.curve.seconds[-1]) for one in timed), default=math.nan)
     references = {one.cell.seed: one for one in done if one.cell.arm == reference}
     scores = held_out_scores(done)
@@ -121,10 +121,10 @@ def compare_arms(outcomes: Sequence[Outcome], arms: Sequence[str], reference: st
     return Comparison(images, seconds, reference, scores, found, others, untimed, executed_otherwise)
 
 
-def _alike(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The runs under the conditions that most of them had."""
-    usual = Counter(one.conditions for one in outcomes).most_common(1)
-    return [one for one in outcomes if one.conditions == usual[0][0]]
+def _usual(outcomes: Sequence[Outcome], conditions: Callable[[Outcome], object]) -> list[Outcome]:
+    """The runs under the conditions that most of them had; among several, those of the first."""
+    usual = Counter(map(conditions, outcomes)).most_common(1)
+    return [one for one in outcomes if conditions(one) == usual[0][0]]
 
 
 def held_out_scores(outcomes: Sequence[Outcome]) -> tuple[str, ...]:

@@ -119,8 +119,7 @@ def recorded_cells(out: Path) -> list[Cell]:
     Raises:
         CRDError: it is damaged.
     """
-    path = out / CELLS_FILE
-    lines = read_object_lines(path)[0] if path.is_file() else []
+    lines = _lines(out, CELLS_FILE) if (out / CELLS_FILE).is_file() else []
     return [_cell(line) for line in lines if line.text("state") == FINISHED]
 
 

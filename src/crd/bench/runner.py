@@ -123,8 +123,11 @@ class Runner:
             # Not Popen.poll: only wait4 tells what this process, and no other, has used.
             try:
                 pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
-            except ChildProcessError:  # reaped when an interrupt came: what it took is lost
-                self._running.remove(child)
+            except ChildProcessError as error:
+                if not stopped:
+                    told = f"how {child.job.folder.cell} ended is lost: SIGCHLD is ignored; run crd bench without that"
+                    raise CRDError(told) from error
+                self._running.remove(child)  # reaped when the interrupt came: what it took is lost
                 continue
             if pid == 0:
                 continue
@@ -164,7 +167,7 @@ class Runner:
 
     def _signal(self, number: signal.Signals) -> None:
         for child in self._running:
-            with suppress(ProcessLookupError):  # likewise
+            with suppress(ProcessLookupError):  # already reaped when the interrupt came
                 os.kill(child.process.pid, number)  # Popen.send_signal would reap it unseen
 
 

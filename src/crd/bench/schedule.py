@@ -64,7 +64,7 @@ def plan_cells(
 
 
 def remaining_seconds(planned: Sequence[Planned], jobs: int) -> float | None:
-    """Wall clock that the unfinished runs take, begun in their order, `jobs` at a time; None while nothing is known.
+    """Wall clock that the unfinished runs take at most, in their order, `jobs` at a time; None while nothing is known.
 
     A run takes as long as the finished ones of its task and arm did on average; else as long for each transformer
     evaluation as the finished ones of its task did, or of all tasks.
@@ -72,7 +72,7 @@ def remaining_seconds(planned: Sequence[Planned], jobs: int) -> float | None:
     finished = [one for one in planned if one.state == FINISHED and one.seconds > 0]
     if not finished:
         return None
-    free = [0.0] * jobs  # when each place is
+    free = [0.0] * jobs  # when each of the places for runs becomes free
     for one in planned:
         if one.state not in _DONE:
             like = [

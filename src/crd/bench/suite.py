@@ -18,8 +18,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # How runs are executed: options of the harness, which change what a run costs and, but for rounding, nothing else.
 EXECUTION = ("threads", "compile")
 _RESERVED = frozenset({"seed", "output_dir", *EXECUTION})  # the harness sets these, run by run
-# What decides how images are measured, and when (of noisy curves the denser one gets anywhere earlier): rewards of arms
-# that differ here do not compare.
+# What decides how images are measured, and when (a noisy curve crosses any level earlier if it is evaluated more
+# often): rewards of arms that differ here do not compare.
 _MEASURED = ("model", "rewards", "reward_weights", "eval_prompts", "eval_images", "eval_steps", "eval_every", "solver",
              "held_out", "height", "width", "mixed_precision", "base_dtype")  # fmt: skip
 
@@ -169,7 +169,7 @@ class Suite:
         return config
 
     def check_measured(self, configs: Mapping[str, CRDConfig]) -> None:
-        """Refuse arms of one task (name -> configuration) whose images are measured by different means.
+        """Refuse arms of one task (name -> configuration) whose images are measured otherwise, or after other updates.
 
         Raises:
             CRDError: says what differs.
@@ -179,4 +179,4 @@ class Suite:
             for name in _MEASURED:
                 if (now := config.__dict__[name]) != (was := known.__dict__[name]):
                     raise CRDError(f"arms {first} and {arm} cannot be compared: {name} is {was!r} and {now!r}; set it "
-                                   "for the suite or the task")  # fmt: skip
+                                   "for the suite or the task, or make two tasks")  # fmt: skip

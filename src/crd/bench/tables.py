@@ -103,17 +103,15 @@ def _measured_on(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _left_out(comparison: Comparison) -> list[str]:
     """What the table does not tell of some arms and runs, and why."""
-    told = []
-    if comparison.other_anchor:
-        told.append(f"Without a distance to the anchor, because theirs is not that of the reference: "
-                    f"{', '.join(comparison.other_anchor)}.")  # fmt: skip
-    if comparison.untimed:
-        told.append(f"Without seconds, because others kept them from the processor for more than {WAITING:.0%} of the "
-                    f"time, or because they were executed otherwise: {', '.join(comparison.untimed)}.")  # fmt: skip
-    if comparison.executed_otherwise:
-        told.append(f"Without memory, because they were executed otherwise than most: "
-                    f"{', '.join(comparison.executed_otherwise)}.")  # fmt: skip
-    return told
+    reasons = (
+        ("a distance to the anchor, because theirs is not that of the reference, or no run of that is finished",
+         comparison.other_anchor),
+        (f"seconds, because others kept them from the processor for more than {WAITING:.0%} of the time, because they "
+         "were executed otherwise than most, or because neither is known", comparison.untimed),
+        ("memory, because they ran on another GPU, or compiled or in another precision than most",
+         comparison.executed_otherwise),
+    )  # fmt: skip
+    return [f"Without {why}: {', '.join(left_out)}." for why, left_out in reasons if left_out]
 
 
 def _bases(done: Sequence[Outcome], reference: str) -> list[str]:
