@@ -46,7 +46,7 @@ train-geneval: $(VENV)/.runtime ## train it on its GenEval reward; a new folder 
 results-quick: $(VENV)/.bench ## compare the objectives on small runs, under an hour on 2 cores; resumable, in runs/bench-quick
 	$(BIN)/crd bench quick --output_dir runs/bench-quick --jobs $(JOBS) $(ARGS)
 
-results: $(VENV)/.bench ## the full comparison and the ablations, 13 to 40 hours on 2 cores; resumable, in runs/bench-*
+results: $(VENV)/.bench ## the full comparison and the ablations, 14 to 42 hours on 2 cores; resumable, in runs/bench-*
 	$(BIN)/crd bench head-to-head --output_dir runs/bench-head-to-head --jobs $(JOBS) $(ARGS)
 	$(BIN)/crd bench ablations --output_dir runs/bench-ablations --jobs $(JOBS) $(ARGS)
 
