@@ -48,9 +48,8 @@ def bench(args: argparse.Namespace) -> None:
     def plan() -> list[Planned]:
         return plan_cells(suite, cells, out, _execution(args), recorded)
 
-    _begun(
-        suite, out, recorded
-    )  # now, not only at the end: a refusal there would leave untold what has been run by then
+    # Now, not only at the end: a refusal there would leave untold what has been run by then.
+    _begun(suite, out, recorded)
     _check_kept(suite, out, recorded)
     planned = plan()
     if suite.about:

@@ -12,7 +12,7 @@ import numpy as np
 from crd.bench.analysis import Curve
 from crd.bench.collect import Outcome
 from crd.bench.compare import KL_TO_ANCHOR, STATE, Comparison, compare_arms, told_scores
-from crd.bench.suite import MOST_LINES, Suite, Sweep
+from crd.bench.suite import MOST_LINES, Suite, Sweep, group_figure, sweep_figure
 from crd.errors import CRDError
 from crd.report.words import title
 
@@ -48,13 +48,13 @@ def draw_figures(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> dict[s
             if comparison is not None and comparison.told(arms):
                 runs = {arm: [one for one in done if one.cell.arm == arm] for arm in arms}
                 figure = _arms_figure(task, name, runs, comparison)
-                written[task].append(_save(figure, out / f"{task}-{name or 'arms'}"))
+                written[task].append(_save(figure, out / group_figure(task, name)))
         for name, sweep in suite.sweeps.items():
             comparison = compare_arms(done, (suite.reference, *sweep.arms), suite.reference)
             # One point is no sweep.
             if comparison is not None and sum(arm in comparison.arms for arm in sweep.arms) > 1:
                 figure = _sweep_figure(task, name, sweep, done, comparison)
-                written[task].append(_save(figure, out / f"{task}-sweep-{name}"))
+                written[task].append(_save(figure, out / sweep_figure(task, name)))
     return written
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crd.bench.cells import CellFolder
 from crd.bench.collect import Outcome
-from crd.bench.suite import Cell, Suite
+from crd.bench.suite import Cell, Suite, group_samples
 from crd.errors import CRDError
 from crd.grid import GridRow, draw_grid
 from crd.report.evaluations import Evaluation
@@ -33,7 +33,7 @@ def draw_samples(out: Path, suite: Suite, outcomes: Sequence[Outcome]) -> dict[s
             if suite.reference in present and common and (len(present) > 1 or len(arms) == 1):
                 rows, header = _rows(out, [Cell(task, arm, min(common)) for arm in present])
                 if rows:
-                    path = out / f"{task}-{name or 'arms'}-samples.png"
+                    path = out / f"{group_samples(task, name)}.png"
                     try:
                         draw_grid(rows, header).save(path)
                     except OSError as error:

@@ -153,10 +153,8 @@ def _config(suite: Suite, cell: Cell, line: JsonObject) -> CRDConfig:
 def _outcome(cell: Cell, config: CRDConfig, line: JsonObject, points: Sequence[JsonObject], results: Path) -> Outcome:
     axes = {name: np.array([point.number(name) for point in points]) for name in _AXES}
     # Of files that were put together by hand, a curve may be lost in part, or told twice.
-    updates, due = (
-        [point.integer("update") for point in points],
-        [update for update in range(config.updates + 1) if config.evaluation_is_due(update)],
-    )
+    updates = [point.integer("update") for point in points]
+    due = [update for update in range(config.updates + 1) if config.evaluation_is_due(update)]
     if updates != due:
         raise CRDError(f"{results} must hold {cell} after updates {due}, got {updates}; restore the file")
     rows = [{"reward": point.real("reward"), **point.all_numbers((*_NAMES, *_AXES))} for point in points]

@@ -54,6 +54,21 @@ class Sweep:
     by: str | None = None  # a field of the configuration, a line for each of its values
 
 
+def group_figure(task: str, group: str) -> str:
+    """Name of the figure of a group of arms; "" is all of them."""
+    return f"{task}-{group or 'arms'}"
+
+
+def group_samples(task: str, group: str) -> str:
+    """Name of the sample sheet of a group, likewise."""
+    return f"{group_figure(task, group)}-samples"
+
+
+def sweep_figure(task: str, sweep: str) -> str:
+    """Name of the figure of a sweep."""
+    return f"{task}-sweep-{sweep}"
+
+
 @dataclass(frozen=True)
 class Suite:
     """Every arm on every task with every seed; settings of an arm go over the task's, and these over the suite's.
@@ -90,19 +105,22 @@ class Suite:
                     self._set_on(task, arm)
         for name, arms in {**self.groups, **{key: one.arms for key, one in self.sweeps.items()}}.items():
             self._check_arms(arms, name)
-        written = [
-            f"{task}-{name}"
-            for task in self.tasks
-            for name in (*(f"{one or 'arms'}{kind}" for one in self.tables() for kind in ("", "-samples")),
-                         *(f"sweep-{one}" for one in self.sweeps))
-        ]  # fmt: skip
-        for name in written:
-            if written.count(name) > 1:
-                raise CRDError(f"two figures would be called {name}; rename a task, a group or a sweep")
+        self._check_figures()
         for title, arms in self.tables().items():
             if len(arms) > MOST_LINES:
                 raise CRDError(f"{title or 'a suite'} has {len(arms)} arms with the reference, and a figure tells "
                                f"{MOST_LINES} apart; make smaller `groups`")  # fmt: skip
+
+    def _check_figures(self) -> None:
+        """Refuse two figures of one name."""
+        written: list[str] = []
+        for task in self.tasks:
+            for name in self.tables():
+                written += [group_figure(task, name), group_samples(task, name)]
+            written += [sweep_figure(task, name) for name in self.sweeps]
+        for name in written:
+            if written.count(name) > 1:
+                raise CRDError(f"two figures would be called {name}; rename a task, a group or a sweep")
 
     def _check_arms(self, arms: Iterable[str], where: str) -> None:
         for arm in arms:
